@@ -1,0 +1,26 @@
+# make repro             the whole story on the profile in params.yaml
+# make repro PROFILE=ci  copies profiles/ci.yaml to params.yaml first
+# make test              the tests
+PYTHON ?= python3
+VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export MLFLOW_DISABLE_TELEMETRY := true
+export DVC_NO_ANALYTICS := true
+
+.PHONY: repro test
+repro: $(VENV)/installed
+	$(if $(PROFILE),cp profiles/$(PROFILE).yaml params.yaml)
+	dvc repro
+	python -m stages.track
+
+test: $(VENV)/installed
+	ruff check .
+	ruff format --check .
+	mypy
+	python -m pytest
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	pip install --quiet --constraint constraints.txt torch==2.13.0
+	pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""Metrics of the benchmarks, as their origins define them."""

@@ -1,0 +1,44 @@
+"""From an entry of params.yaml to samples: one call for every kind of corpus. It knows none from inside."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.corpora import dialogues, ruler
+from pipeline.corpora.samples import Sample, Split
+from pipeline.params import DialoguesParams, RulerParams
+from pipeline.sources import CACHE, fetch, record
+
+
+def build_samples(
+    params: RulerParams | DialoguesParams,
+    name: str,
+    model: Path,
+    work: Path,
+    progress: Callable[[str], None] = lambda _: None,
+    cache: Path = CACHE,
+) -> tuple[dict[Split, list[Sample]], dict[str, dict[str, str]]]:
+    """The samples of a corpus by split, and the record of the sources they come from.
+
+    Parameters
+    ----------
+    name
+        Name of the corpus in params.yaml, which becomes the samples' ``corpus``.
+    model
+        Exported model directory; its tokenizer and chat template are used.
+    work
+        Directory for intermediate results that an interrupted run continues from.
+    progress
+        Called with a line for each finished piece, :func:`count_pieces` in all.
+    """
+    source = fetch(params.source, cache)
+    sources = {"source": record(params.source, source)}
+    if params.kind == "dialogues":
+        return dialogues.build(params, name, source, model, progress), sources
+    splitter = fetch(params.sentence_splitter, cache)
+    sources["sentence_splitter"] = record(params.sentence_splitter, splitter)
+    return ruler.build(params, name, source, splitter, model, work, progress), sources
+
+
+def count_pieces(params: RulerParams | DialoguesParams) -> int:
+    """How often ``progress`` will be called for this corpus."""
+    return 3 * len(params.tasks) if params.kind == "ruler" else 3

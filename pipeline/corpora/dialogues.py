@@ -1,0 +1,275 @@
+"""Doc2Dial: multi-turn dialogues over the passages they rest on, composed to a target length.
+
+It reads NVIDIA's ChatRAG edition (documents.json and one list of rows, each a prefix of a dialogue) and
+knows no wheel, model or benchmark. Splits share neither dialogues nor passages.
+"""
+
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.corpora.chat import chat_prompt, encode_pair, end_of_turn
+from pipeline.corpora.samples import SPLITS, Sample, Split
+from pipeline.errors import PipelineError
+from pipeline.params import DialoguesParams
+
+_IN_WHEEL = "lm_eval/tasks/chatrag_bench/dataset"
+_ROWS = "nvidia_dragon_multiturn_retrieved.jsonl"
+_COLUMNS = {"messages": list, "answers": list, "document": str, "ctxs": list, "ground_truth_ctx": int}
+# A dialogue whose turns leave less room than this for its passages is not a dialogue over passages.
+_MIN_PASSAGE_TOKENS = 64
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One dialogue with its last reply held back.
+
+    Attributes
+    ----------
+    number
+        Row of the source file that holds the whole dialogue.
+    domain
+        Which passages it draws on: ssa, va, dmv or studentaid.
+    turns
+        Alternating messages, from the first user turn to the last one.
+    reply
+        The assistant's answer to the last turn.
+    gold
+        Indices of the passages it rests on, the last reply's own first.
+    retrieved
+        Indices of further passages a retriever found for the last turn.
+    """
+
+    number: int
+    domain: str
+    turns: tuple[Message, ...]
+    reply: str
+    gold: tuple[int, ...]
+    retrieved: tuple[int, ...]
+
+
+def read_documents(root: Path) -> tuple[dict[str, list[str]], list[dict[str, Any]]]:
+    """The passages by domain and the rows of the source.
+
+    Parameters
+    ----------
+    root
+        An unpacked nvidia-lm-eval wheel, or a directory with the two files.
+
+    Raises
+    ------
+    PipelineError
+        A file is missing, empty or no JSON, or a row lacks a column or points to a passage there is not.
+    """
+    directory = root / _IN_WHEEL if (root / _IN_WHEEL).is_dir() else root
+    documents = _read_json(directory / "documents.json", dict)
+    rows = _read_json(directory / _ROWS, list)
+    for number, row in enumerate(rows):
+        for column, kind in _COLUMNS.items():
+            if not isinstance(row.get(column), kind):
+                raise PipelineError(f"{directory / _ROWS}: row {number} lacks the column {column} ({kind.__name__}).")
+        count = len(documents.get(row["document"], []))
+        if not row["answers"] or not all(0 <= index < count for index in (row["ground_truth_ctx"], *row["ctxs"])):
+            raise PipelineError(
+                f"{directory / _ROWS}: row {number} has no answer or names a passage that documents.json lacks; fix it."
+            )
+    return documents, rows
+
+
+def recover_dialogues(rows: Sequence[dict[str, Any]]) -> list[Dialogue]:
+    """Put the dialogues together again: the rows that are no proper prefix of another row."""
+    by_prefix: dict[str, dict[str, Any]] = {_key(row["messages"]): row for row in rows}
+    prefixes = {key for row in rows for key in _proper_prefixes(row["messages"])}
+    dialogues = []
+    for number, row in enumerate(rows):
+        turns = _alternating(row["messages"])
+        if _key(row["messages"]) in prefixes or not turns or turns[-1]["role"] != "user":
+            continue
+        earlier = [by_prefix[key] for key in _proper_prefixes(row["messages"]) if key in by_prefix]
+        gold = dict.fromkeys([row["ground_truth_ctx"], *(r["ground_truth_ctx"] for r in reversed(earlier))])
+        dialogues.append(
+            Dialogue(number, row["document"], tuple(turns), row["answers"][0].strip(), tuple(gold), tuple(row["ctxs"]))
+        )
+    return dialogues
+
+
+def assign_passages(
+    documents: dict[str, list[str]], dialogues: Sequence[Dialogue], params: DialoguesParams
+) -> dict[str, Split]:
+    """Give every passage (by its text) to one split, in the proportions of the wanted samples.
+
+    Passages that one dialogue rests on go together, so that no dialogue lies between two splits.
+    """
+    parent = {text: text for passages in documents.values() for text in passages}
+
+    def root(text: str) -> str:
+        while parent[text] != text:
+            parent[text] = parent[parent[text]]
+            text = parent[text]
+        return text
+
+    for dialogue in dialogues:
+        first, *others = (root(documents[dialogue.domain][index]) for index in dialogue.gold)
+        for other in others:
+            parent[root(other)] = root(first)
+    weight: defaultdict[str, int] = defaultdict(int)
+    for dialogue in dialogues:
+        weight[root(documents[dialogue.domain][dialogue.gold[0]])] += 1
+    groups = sorted({root(text) for text in parent})
+    random.Random(params.seed).shuffle(groups)
+    # Groups with dialogues are dealt by dialogues, the others, which only fill, by number.
+    split_of_group: dict[str, Split] = {}
+    for dealt in ([g for g in groups if weight[g]], [g for g in groups if not weight[g]]):
+        held: dict[Split, int] = dict.fromkeys(SPLITS, 0)
+        for group in dealt:
+            split = min(SPLITS, key=lambda s: held[s] / getattr(params.samples, s))
+            held[split] += max(1, weight[group])
+            split_of_group[group] = split
+    return {text: split_of_group[root(text)] for text in parent}
+
+
+def build(
+    params: DialoguesParams, name: str, root: Path, model: Path, progress: Callable[[str], None] = lambda _: None
+) -> dict[Split, list[Sample]]:
+    """All samples of the corpus, by split.
+
+    Parameters
+    ----------
+    name
+        Name of the corpus in params.yaml.
+    root
+        Where the source lies, see :func:`read_documents`.
+    model
+        Exported model directory with the tokenizer.
+    progress
+        Called with a line for each split that is finished.
+
+    Raises
+    ------
+    PipelineError
+        The source is unusable, the tokenizer has no chat template, or there are too few dialogues.
+    """
+    from pipeline.models import load_tokenizer
+
+    documents, rows = read_documents(root)
+    tokenizer = load_tokenizer(model)
+    if not tokenizer.chat_template:
+        raise PipelineError(f"{model} has no chat template; dialogues need a chat model.")
+    end = end_of_turn(model, tokenizer)
+    dialogues = recover_dialogues(rows)
+    split_of = assign_passages(documents, dialogues, params)
+    samples: dict[Split, list[Sample]] = {}
+    for split in SPLITS:
+        wanted: int = getattr(params.samples, split)
+        own = [d for d in dialogues if split_of[documents[d.domain][d.gold[0]]] == split]
+        random.Random(f"{params.seed} {split}").shuffle(own)
+        samples[split] = []
+        for dialogue in own:
+            passages = _passages(documents[dialogue.domain], dialogue, split, split_of, params.seed)
+            sample = _compose(params, name, split, dialogue, passages, tokenizer, end)
+            if sample is not None:
+                samples[split].append(sample)
+            if len(samples[split]) == wanted:
+                break
+        else:
+            raise PipelineError(
+                f"corpora.{name}: only {len(samples[split])} dialogues fit the {split} split, {wanted} are wanted; "
+                "lower samples, or change length or max_reply_tokens."
+            )
+        progress(split)
+    return samples
+
+
+def _passages(
+    passages: Sequence[str], dialogue: Dialogue, split: Split, split_of: dict[str, Split], seed: int
+) -> list[tuple[int, str]]:
+    """Gold passages, then what the retriever found, then the rest of the domain; all of this split."""
+    rest = [index for index, text in enumerate(passages) if split_of[text] == split]
+    random.Random(f"{seed} {dialogue.number}").shuffle(rest)
+    ordered = dict.fromkeys([*dialogue.gold, *dialogue.retrieved, *rest])
+    return [(index, passages[index].strip()) for index in ordered if split_of[passages[index]] == split]
+
+
+def _compose(
+    params: DialoguesParams,
+    corpus: str,
+    split: Split,
+    dialogue: Dialogue,
+    passages: Sequence[tuple[int, str]],
+    tokenizer: Any,
+    end: int | None,
+) -> Sample | None:
+    """A sample of about ``params.length`` tokens, None if reply or turns are too long or passages too few."""
+
+    def encoded(context: str) -> tuple[tuple[int, ...], int]:
+        first = dialogue.turns[0] | {"content": f"{context}\n\n{dialogue.turns[0]['content']}"}
+        return encode_pair(tokenizer, chat_prompt(tokenizer, [first, *dialogue.turns[1:]]), dialogue.reply, end)
+
+    ids, prompt_len = encoded("")
+    room = params.length - len(ids)
+    if not 0 < len(ids) - prompt_len - (end is not None) <= params.max_reply_tokens or room < _MIN_PASSAGE_TOKENS:
+        return None
+    used: list[tuple[int, str]] = []
+    for index, text in passages:
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        if len(offsets) + 2 <= room:
+            used.append((index, text))
+            room -= len(offsets) + 2
+            continue
+        # The last passage is cut behind the last whole word that fits.
+        cut = text[: offsets[max(0, room - 2)][0]].rpartition(" ")[0]
+        if cut:
+            used.append((index, cut))
+        room = 0
+        break
+    if room > params.length // 20:
+        return None
+    ids, prompt_len = encoded("\n\n".join(text for _, text in used))
+    return Sample(
+        sample_id=f"{dialogue.domain}-{split}-{dialogue.number:04d}",
+        corpus=corpus,
+        task=dialogue.domain,
+        split=split,
+        input_ids=ids,
+        prompt_len=prompt_len,
+        question_start=None,
+        answers=(),
+        max_new_tokens=0,
+        meta=json.dumps({"row": dialogue.number, "passages": [index for index, _ in used]}, sort_keys=True),
+    )
+
+
+def _read_json(path: Path, kind: type) -> Any:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise PipelineError(f"{path} does not exist; the source must be nvidia-lm-eval or hold that file.") from None
+    except ValueError as error:
+        raise PipelineError(f"{path} is not valid JSON ({error}); fetch it again.") from None
+    if not isinstance(value, kind) or not value:
+        raise PipelineError(f"{path} holds no {kind.__name__} of Doc2Dial, or an empty one; fetch it again.")
+    return value
+
+
+def _alternating(messages: Sequence[Message]) -> list[Message]:
+    turns: list[Message] = []
+    for message in messages:
+        if turns and turns[-1]["role"] == message["role"]:
+            turns[-1] = turns[-1] | {"content": f"{turns[-1]['content']} {message['content']}"}
+        elif turns or message["role"] == "user":
+            turns.append({"role": message["role"], "content": message["content"]})
+    return turns
+
+
+def _proper_prefixes(messages: Sequence[Message]) -> Iterator[str]:
+    return (_key(messages[:count]) for count in range(1, len(messages)))
+
+
+def _key(messages: Sequence[Message]) -> str:
+    return json.dumps(messages, sort_keys=True)

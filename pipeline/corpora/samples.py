@@ -1,0 +1,102 @@
+"""The one schema every corpus is turned into, and its Parquet file. It knows no corpus."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import PipelineError
+from pipeline.workdir import atomic_write
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("corpus", pa.string()),
+        ("task", pa.string()),
+        ("split", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("prompt_len", pa.int32()),
+        ("question_start", pa.int32()),
+        ("answers", pa.list_(pa.string())),
+        ("max_new_tokens", pa.int32()),
+        ("meta", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its true continuation.
+
+    Attributes
+    ----------
+    sample_id
+        Unique within a model and corpus.
+    corpus, task, split
+        ``task`` is the RULER task, or the corpus' own name where it has no tasks.
+    input_ids
+        Token ids of prompt and true continuation, special tokens included.
+    prompt_len
+        Tokens before the continuation, 1 <= prompt_len < len(input_ids).
+    question_start
+        Where the late question begins, or None where the question is part of the compressed context.
+    answers
+        Reference strings of the metric; empty where the metric is perplexity.
+    max_new_tokens
+        How many tokens may be generated; 0 where the metric is perplexity.
+    meta
+        JSON of whatever the corpus wants to keep.
+    """
+
+    sample_id: str
+    corpus: str
+    task: str
+    split: Split
+    input_ids: tuple[int, ...]
+    prompt_len: int
+    question_start: int | None
+    answers: tuple[str, ...]
+    max_new_tokens: int
+    meta: str
+
+
+def write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Write samples as one Parquet file, atomically.
+
+    Raises
+    ------
+    PipelineError
+        There are no samples, two share an id, or a continuation is empty.
+    """
+    if not samples:
+        raise PipelineError(f"{path}: the corpus has no samples; check its source and params.yaml (samples, length).")
+    if len({sample.sample_id for sample in samples}) != len(samples):
+        raise PipelineError(f"{path}: two samples share a sample_id; every row of the source needs its own id.")
+    for sample in samples:
+        if not 1 <= sample.prompt_len < len(sample.input_ids):
+            raise PipelineError(
+                f"{path}: sample {sample.sample_id} has no tokens after its prompt; drop it or give an answer."
+            )
+    table = pa.Table.from_pylist([asdict(sample) for sample in samples], schema=SCHEMA)
+    with atomic_write(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """Read a samples file back; the inverse of :func:`write_samples`."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise PipelineError(f"{path} cannot be read as samples ({error}); run the samples stage again.") from None
+    names = [field.name for field in fields(Sample)]
+    missing = sorted(set(names) - set(table.column_names))
+    if missing:
+        raise PipelineError(f"{path} lacks the columns {', '.join(missing)}; run the samples stage again.")
+    rows = table.select(names).to_pylist()
+    return [Sample(**row | {"input_ids": tuple(row["input_ids"]), "answers": tuple(row["answers"])}) for row in rows]

@@ -1,0 +1,1 @@
+"""Run trained policies and baselines on benchmarks and record what comes out."""

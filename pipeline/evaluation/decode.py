@@ -1,0 +1,250 @@
+"""Decode many evicted copies of one cache together, each with its own budget.
+
+Rows are (policy, budget) pairs of one sample. Rows of the same budget form a group with its own key and
+value buffers, so nothing is padded and memory falls with the budget; linear layers run over all rows at
+once. All rows are at the same position of the same text: kept tokens keep their positions, new tokens
+continue after the whole prompt. It knows no policies and no metrics.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, Cache, PreTrainedModel
+
+from pipeline.errors import PipelineError
+from pipeline.traces.capture import attention_implementation
+
+ATTENTION_NAME = "kvp_evicted"
+
+
+@dataclass
+class _Group:
+    """Rows that keep the same number of tokens.
+
+    ``keys`` and ``values``: per layer (rows, kv_heads, budget + reserved, head_dim).
+    """
+
+    rows: int
+    budget: int
+    keys: list[Tensor]
+    values: list[Tensor]
+
+
+class EvictedCache(Cache):
+    """Evicted copies of one prefilled cache; grows in place as tokens are appended.
+
+    Parameters
+    ----------
+    reserve
+        New tokens that each row will hold at most.
+    """
+
+    def __init__(self, reserve: int) -> None:
+        super().__init__(layers=[])
+        self.reserve = reserve
+        self.appended = 0
+        self.groups: list[_Group] = []
+
+    def add_group(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Add rows of one budget.
+
+        Parameters
+        ----------
+        keys, values
+            Per layer (rows, kv_heads, budget, head_dim), already gathered.
+        """
+        rows, _, budget, _ = keys[0].shape
+        pad = (0, 0, 0, self.reserve)
+        self.groups.append(
+            _Group(rows, budget, [F.pad(layer, pad) for layer in keys], [F.pad(layer, pad) for layer in values])
+        )
+
+    @property
+    def rows(self) -> int:
+        """Rows over all groups."""
+        return sum(group.rows for group in self.groups)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that keys and values occupy, the reserved slots included."""
+        return sum(tensor.nbytes for group in self.groups for tensor in (*group.keys, *group.values))
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Append new states (rows, kv_heads, t, head_dim) to layer ``layer_idx``; attention reads the groups."""
+        first_row, new = 0, key_states.shape[2]
+        if self.appended + new > self.reserve:
+            raise ValueError(f"{self.appended + new} new tokens exceed the {self.reserve} reserved")
+        for group in self.groups:
+            rows = slice(first_row, first_row + group.rows)
+            slots = slice(group.budget + self.appended, group.budget + self.appended + new)
+            group.keys[layer_idx][:, :, slots] = key_states[rows]
+            group.values[layer_idx][:, :, slots] = value_states[rows]
+            first_row += group.rows
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """New tokens appended so far (groups differ in how many old ones they keep)."""
+        return self.appended
+
+    def select(self, keep: Tensor) -> None:
+        """Drop finished rows: ``keep`` is (rows,) bool."""
+        remaining, first_row = [], 0
+        for group in self.groups:
+            mask = keep[first_row : first_row + group.rows]
+            first_row += group.rows
+            if not mask.all():
+                group.keys = [layer[mask] for layer in group.keys]
+                group.values = [layer[mask] for layer in group.values]
+                group.rows = int(mask.sum())
+            if group.rows:
+                remaining.append(group)
+        self.groups = remaining
+
+
+def evicted_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    *,
+    scaling: float,
+    evicted: EvictedCache | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over an :class:`EvictedCache`; signature of transformers' attention interface.
+
+    Parameters
+    ----------
+    query
+        (rows, heads, t, head_dim), the t newest tokens of every row.
+
+    Returns
+    -------
+    output
+        (rows, t, heads, head_dim).
+    """
+    if evicted is None:
+        raise PipelineError(
+            f"{type(module).__name__} does not pass keyword arguments to its attention; eviction needs them."
+        )
+    layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module carries its index
+    heads, new, head_dim = query.shape[1:]
+    kv_heads = key.shape[1]
+    per_head = heads // kv_heads  # query heads of one KV head
+    # The query heads of a group become further queries of its KV head: keys and values are read once, not
+    # expanded to all heads.
+    stacked = query.reshape(-1, kv_heads, per_head * new, head_dim)
+    outputs, first_row = [], 0
+    for group in evicted.groups:
+        length = group.budget + evicted.appended + new
+        mask = None
+        if new > 1:
+            # Everything that was cached before is visible; among the new tokens attention is causal.
+            mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril_(length - new)
+            mask = mask.repeat(per_head, 1)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                stacked[first_row : first_row + group.rows],
+                group.keys[layer][:, :, :length],
+                group.values[layer][:, :, :length],
+                attn_mask=mask,
+                scale=scaling,
+            )
+        )
+        first_row += group.rows
+    output = torch.cat(outputs).view(-1, heads, new, head_dim)
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION_NAME, evicted_attention)
+
+
+@torch.inference_mode()
+def _forward(model: PreTrainedModel, cache: EvictedCache, tokens: Tensor, position: int) -> Tensor:
+    """Hidden states (rows, t, hidden) of ``tokens`` (rows, t) that start at ``position``."""
+    positions = torch.arange(position, position + tokens.shape[1], device=tokens.device)
+    hidden: Tensor = model.base_model(
+        input_ids=tokens,
+        position_ids=positions[None].expand(tokens.shape[0], -1),
+        cache_position=positions,
+        past_key_values=cache,
+        use_cache=True,
+        evicted=cache,
+    ).last_hidden_state
+    cache.appended += tokens.shape[1]
+    return hidden
+
+
+@torch.inference_mode()
+def greedy_decode(
+    model: PreTrainedModel,
+    cache: EvictedCache,
+    first_token: int,
+    position: int,
+    max_new_tokens: int,
+    is_finished: Callable[[list[int]], bool],
+) -> list[list[int]]:
+    """Generate greedily from every row.
+
+    Parameters
+    ----------
+    first_token, position
+        The last prompt token, fed again so that already the first generated token comes from the evicted
+        cache, and its position.
+    is_finished
+        Whether a row with these generated tokens needs no more.
+
+    Returns
+    -------
+    Generated token ids per row, in row order, the token that finished a row included.
+    """
+    with attention_implementation(model, ATTENTION_NAME):
+        generated: list[list[int]] = [[] for _ in range(cache.rows)]
+        active = list(range(cache.rows))
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        tokens = torch.full((cache.rows, 1), first_token, device=model.device)
+        for step in range(max_new_tokens):
+            hidden = _forward(model, cache, tokens, position + step)
+            chosen = head(hidden[:, -1]).argmax(-1)
+            for row, token in zip(active, chosen.tolist(), strict=True):
+                generated[row].append(token)
+            running = torch.tensor([not is_finished(generated[row]) for row in active])
+            if not running.any():
+                break
+            if not running.all():
+                cache.select(running.to(model.device))
+                active = [row for row, going in zip(active, running.tolist(), strict=True) if going]
+                chosen = chosen[running.to(model.device)]
+            tokens = chosen[:, None]
+        return generated
+
+
+@torch.inference_mode()
+def continuation_nll(model: PreTrainedModel, cache: EvictedCache, continuation: Tensor, position: int) -> Tensor:
+    """Negative log-likelihood of a true continuation under every row.
+
+    Parameters
+    ----------
+    continuation
+        (t + 1,) int64: the last prompt token, then the t true tokens.
+    position
+        Position of the last prompt token.
+
+    Returns
+    -------
+    (rows, t) float32, nats per token.
+    """
+    with attention_implementation(model, ATTENTION_NAME):
+        inputs, targets = continuation[:-1].to(model.device), continuation[1:].to(model.device)
+        hidden = _forward(model, cache, inputs.expand(cache.rows, -1), position)
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        # Row by row: logits of all rows at once would be rows x t x vocabulary.
+        return torch.stack([F.cross_entropy(head(row).float(), targets, reduction="none") for row in hidden])

@@ -1,0 +1,275 @@
+"""The sweep: one prefill per sample, every policy, every budget.
+
+Hooks ask every policy for its scores while the prompt is prefilled; each policy ranks once; each budget is
+a prefix of that ranking; all (policy, budget) pairs then decode together. Policies see the whole prompt; its
+last token, which every budget keeps, is then fed once more against the evicted cache, so that every
+predicted token, the first included, comes from what is left.
+It knows no files; ``pipeline/evaluation/results.py`` names the columns.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+from pipeline.benchmarks.string_match import metric_for
+from pipeline.corpora.samples import Sample
+from pipeline.errors import PipelineError
+from pipeline.evaluation.decode import EvictedCache, continuation_nll, greedy_decode
+from pipeline.eviction.baselines import BASELINES, SHORTEST_CACHE, LayerCache
+from pipeline.eviction.budget import gather_tokens, kept_tokens, protected_ranking
+from pipeline.models import end_token_ids
+from pipeline.params import EvaluationParams, TracesParams
+from pipeline.policy.agents import Policy
+from pipeline.policy.ranking import cost_at_budgets, optimal_total_cost, rank, total_cost
+from pipeline.traces.capture import run_captured
+from pipeline.traces.importance import future_importance
+
+# Cost curves are drawn on these fractions of the cache: k / COST_GRID, k = 1 .. COST_GRID - 1.
+COST_GRID = 16
+
+
+@dataclass(frozen=True)
+class PolicyKey:
+    """How a row of the results names its policy."""
+
+    policy: str
+    trained_on: str | None = None
+
+
+FULL, ORACLE = PolicyKey("full"), PolicyKey("oracle")
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """One prefilled prompt of n tokens, and what followed it.
+
+    Attributes
+    ----------
+    keys, values
+        Per layer (1, kv_heads, n, head_dim): the whole cache.
+    scores
+        cache size -> policy -> (layers, kv_heads, cache size) float32, higher = keep.
+    importance
+        cache size -> (layers, kv_heads, cache size) float32, true future importance.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    scores: dict[int, dict[PolicyKey, Tensor]]
+    importance: dict[int, Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one (policy, budget) pair did on one sample. ``budget`` is None for no eviction."""
+
+    key: PolicyKey
+    budget: int | None
+    metric: str
+    value: float
+    n_tokens: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Cost of one policy's ranking at one cache size.
+
+    Attributes
+    ----------
+    budgets
+        (b,) the grid.
+    cost, optimal
+        (layers, kv_heads, b): importance of the evicted tokens, by the policy and by the best order.
+    total, optimal_total
+        (layers, kv_heads): summed over all budgets 1 .. cache_size - 1.
+    """
+
+    key: PolicyKey
+    cache_size: int
+    budgets: Tensor
+    cost: Tensor
+    optimal: Tensor
+    total: Tensor
+    optimal_total: Tensor
+
+
+@dataclass
+class Sweep:
+    """Runs the sweep of one model.
+
+    Parameters
+    ----------
+    policies
+        trained_on, estimator -> policy, on the model's device.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    policies: Mapping[PolicyKey, Policy]
+    evaluation: EvaluationParams
+    traces: TracesParams
+    end_tokens: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.end_tokens = end_token_ids(self.model)
+
+    def run(self, sample: Sample, seed: int) -> tuple[list[Outcome], list[Costs]]:
+        """Evaluate every (policy, budget) pair on one sample.
+
+        Raises
+        ------
+        PipelineError
+            A budget is larger than this sample's cache.
+        """
+        n = sample.prompt_len
+        if self.evaluation.budgets[-1] > n:
+            raise PipelineError(
+                f"evaluation.budgets: {self.evaluation.budgets[-1]} is larger than the cache of sample "
+                f"{sample.sample_id}, {n} tokens; lower the budget or use longer samples."
+            )
+        prefill = self.prefill(sample, seed)
+        rankings = {
+            key: protected_ranking(scores, self.evaluation.n_sink, self.evaluation.n_recent)
+            for key, scores in prefill.scores[n].items()
+        }
+        outcomes = (
+            self._generate(sample, prefill, rankings) if sample.answers else self._score(sample, prefill, rankings)
+        )
+        return outcomes, [
+            costs
+            for size, scores in prefill.scores.items()
+            for costs in ranking_costs(prefill.importance[size], scores)
+        ]
+
+    def prefill(self, sample: Sample, seed: int) -> Prefill:
+        """Prefill the prompt once, score it with every policy, and look at what followed."""
+        block, chunk = self.traces.block_size, self.traces.query_chunk
+        n = sample.prompt_len
+        middle = max(1, n // 2 // block) * block
+        if not SHORTEST_CACHE <= middle <= n:
+            raise PipelineError(
+                f"Sample {sample.sample_id} has a prompt of {sample.prompt_len} tokens; the baselines rank half of it, "
+                f"in blocks of {block} tokens and at least {SHORTEST_CACHE} in all: use longer samples."
+            )
+        ids = torch.tensor(sample.input_ids)
+        cache = DynamicCache(config=self.model.config)
+        collected: dict[int, dict[PolicyKey, list[Tensor]]] = {size: {} for size in (middle, n)}
+        with self._scoring(collected, seed):
+            prompt = run_captured(self.model, ids[:n], cache, block, chunk)
+        # The true continuation runs against the uncompressed cache; its attention is the oracle's knowledge.
+        after = run_captured(self.model, ids[n:], cache, block, chunk)
+        beyond = torch.stack([record[:, :n].sum(-1) for record in after])
+        importance = {
+            n: beyond,
+            middle: torch.stack([future_importance(record, middle, block) for record in prompt]) + beyond[..., :middle],
+        }
+        scores = {
+            size: {key: torch.stack(layers) for key, layers in by_key.items()} for size, by_key in collected.items()
+        }
+        for size in scores:
+            scores[size][ORACLE] = importance[size]
+        keys, values = ([layer[index][:, :, :n] for layer in cache] for index in (0, 1))
+        return Prefill(keys, values, scores, importance)
+
+    @contextmanager
+    def _scoring(self, collected: dict[int, dict[PolicyKey, list[Tensor]]], seed: int) -> Iterator[None]:
+        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+            layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module carries its index
+            stored = kwargs["past_key_values"].layers[layer]
+            whole = LayerCache(module, kwargs["hidden_states"], stored.keys, stored.values, kwargs, seed)
+            for size, by_key in collected.items():
+                view = whole.prefix(size)
+                for key, policy in self.policies.items():
+                    by_key.setdefault(key, []).append(policy(view.keys[0], view.values[0], layer=layer))
+                for name, score in BASELINES.items():
+                    by_key.setdefault(PolicyKey(name), []).append(score(view))
+
+        handles = [
+            layer.self_attn.register_forward_hook(hook, with_kwargs=True)
+            for layer in self.model.base_model.layers  # type: ignore[union-attr]
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def evict(
+        self, prefill: Prefill, rankings: Mapping[PolicyKey, Tensor], reserve: int
+    ) -> tuple[EvictedCache, list[tuple[PolicyKey, int | None]]]:
+        """Build the evicted cache of all pairs; returns it with the (policy, budget) of each row.
+
+        The last prompt token counts towards the budget, but is left out: it is fed again.
+        """
+        cache = EvictedCache(reserve)
+        rows: list[tuple[PolicyKey, int | None]] = []
+        for budget in self.evaluation.budgets:
+            # Sorted by position, and the last token is protected: it comes last.
+            kept = {key: kept_tokens(ranking, budget)[..., :-1] for key, ranking in rankings.items()}
+            # index: (policies, kv_heads, budget - 1) per layer
+            by_layer = torch.stack(list(kept.values()), dim=1)
+            groups = [
+                [
+                    gather_tokens(layer.expand(len(kept), -1, -1, -1), index)
+                    for layer, index in zip(states, by_layer, strict=True)
+                ]
+                for states in (prefill.keys, prefill.values)
+            ]
+            cache.add_group(*groups)
+            rows += [(key, budget) for key in kept]
+        cache.add_group(*([layer[:, :, :-1] for layer in states] for states in (prefill.keys, prefill.values)))
+        rows.append((FULL, None))
+        return cache, rows
+
+    def _generate(self, sample: Sample, prefill: Prefill, rankings: Mapping[PolicyKey, Tensor]) -> list[Outcome]:
+        metric = metric_for(sample.task)
+        cache, rows = self.evict(prefill, rankings, sample.max_new_tokens)
+
+        def text(tokens: Sequence[int]) -> str:
+            decoded = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            assert isinstance(decoded, str)
+            return decoded
+
+        def is_finished(tokens: list[int]) -> bool:
+            # A longer text contains every answer that a shorter one does: a full score cannot change.
+            return tokens[-1] in self.end_tokens or metric(text(tokens), sample.answers) == 1.0
+
+        last = sample.prompt_len - 1
+        generated = greedy_decode(self.model, cache, sample.input_ids[last], last, sample.max_new_tokens, is_finished)
+        return [
+            Outcome(key, budget, "string_match", metric(text(tokens), sample.answers), len(tokens))
+            for (key, budget), tokens in zip(rows, generated, strict=True)
+        ]
+
+    def _score(self, sample: Sample, prefill: Prefill, rankings: Mapping[PolicyKey, Tensor]) -> list[Outcome]:
+        last = sample.prompt_len - 1
+        continuation = torch.tensor(sample.input_ids[last:])
+        cache, rows = self.evict(prefill, rankings, len(continuation) - 1)
+        nll = continuation_nll(self.model, cache, continuation, last).double().mean(-1)
+        return [
+            Outcome(key, budget, "nll", value, len(continuation) - 1)
+            for (key, budget), value in zip(rows, nll.tolist(), strict=True)
+        ]
+
+
+def ranking_costs(importance: Tensor, scores: Mapping[PolicyKey, Tensor]) -> Iterator[Costs]:
+    """Cost of every policy's own order, before any token is protected, so that the oracle's is the best.
+
+    Parameters
+    ----------
+    importance, scores
+        (layers, kv_heads, n).
+    """
+    cache_size = importance.shape[-1]
+    budgets = torch.tensor([cache_size * k // COST_GRID for k in range(1, COST_GRID)])
+    optimal = cost_at_budgets(importance, rank(importance), budgets)
+    optimal_total = optimal_total_cost(importance)
+    for key, score in scores.items():
+        ranking = rank(score)
+        cost = cost_at_budgets(importance, ranking, budgets)
+        yield Costs(key, cache_size, budgets, cost, optimal, total_cost(importance, ranking), optimal_total)

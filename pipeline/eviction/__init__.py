@@ -1,0 +1,1 @@
+"""Rank a cache, keep a budget, evict for real."""

@@ -1,0 +1,48 @@
+"""From a ranking to a smaller cache: protect, keep a prefix, gather. It knows neither policies nor models."""
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import PipelineError
+from pipeline.policy.ranking import rank
+
+
+def protected_ranking(scores: Tensor, n_sink: int, n_recent: int) -> Tensor:
+    """Rank a cache, best first, with the first ``n_sink`` and last ``n_recent`` tokens in front.
+
+    Parameters
+    ----------
+    scores
+        (..., n), higher = keep.
+
+    Returns
+    -------
+    (..., n) int64 token indices. Any budget of at least n_sink + n_recent keeps the protected tokens
+    (paper, section "Inference protocol", 2); every budget is a prefix of this one ranking.
+    """
+    n = scores.shape[-1]
+    protected = torch.zeros(n, dtype=torch.bool, device=scores.device)
+    protected[:n_sink] = True
+    protected[max(n - n_recent, 0) :] = True
+    if not torch.isfinite(scores).all():
+        raise PipelineError("A policy gave scores that are not finite; its checkpoint or the model's cache is damaged.")
+    return rank(scores.float().masked_fill(protected, float("inf")))
+
+
+def kept_tokens(ranking: Tensor, budget: int) -> Tensor:
+    """The tokens that stay at ``budget``, in order of position: (..., n) -> (..., budget).
+
+    Raises
+    ------
+    PipelineError
+        The budget is larger than the cache.
+    """
+    n = ranking.shape[-1]
+    if budget > n:
+        raise PipelineError(f"The budget {budget} is larger than the cache of {n} tokens; lower evaluation.budgets.")
+    return ranking[..., :budget].sort(dim=-1).values
+
+
+def gather_tokens(states: Tensor, tokens: Tensor) -> Tensor:
+    """Copy the given tokens out of keys or values: (..., n, head_dim), (..., b) -> (..., b, head_dim)."""
+    return states.gather(-2, tokens[..., None].expand(*tokens.shape, states.shape[-1]))

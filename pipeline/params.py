@@ -1,0 +1,283 @@
+"""The validated model of params.yaml. It knows the keys and their ranges, not what they are used for.
+
+Loaded with ruamel.yaml (YAML 1.2, as DVC reads it): PyYAML would turn ``5e-5`` into a string and
+``on`` into a boolean. Run-time resources (device, threads, cache memory) are not parameters: they
+must not change the identity of a result.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from pipeline.errors import PipelineError
+
+RULER_TASKS = (
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+    "vt",
+    "cwe",
+    "fwe",
+    "qa_1",
+    "qa_2",
+)
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Section(BaseModel):
+    # strict: a quoted number in the file is a mistake to report, not a value to guess.
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class SourceParams(_Section):
+    """Where a model or data set comes from (``pipeline/sources.py`` resolves it).
+
+    ``uri`` is ``hub:owner/name[/file]``, ``file:path`` or ``wheel:package==version[/file]``. A wheel
+    needs ``sha256``, a hub repository needs ``revision`` (a commit), a local file may carry ``sha256``.
+    """
+
+    uri: str
+    licence: str
+    sha256: Sha256 | None = None
+    revision: str | None = None
+
+    @model_validator(mode="after")
+    def _pinned(self) -> "SourceParams":
+        scheme = self.uri.partition(":")[0]
+        if scheme not in ("hub", "file", "wheel"):
+            raise ValueError(f"uri must start with hub:, file: or wheel:, not '{self.uri}'")
+        if scheme == "wheel" and self.sha256 is None:
+            raise ValueError("a wheel: source must be pinned by its sha256")
+        if scheme == "hub" and self.revision is None:
+            raise ValueError("a hub: source must be pinned by its revision")
+        return self
+
+
+class MatrixParams(_Section):
+    """What the DVC stages are multiplied by."""
+
+    model: Annotated[tuple[Name, ...], Field(min_length=1)]
+    corpus: Annotated[tuple[Name, ...], Field(min_length=1)]
+    estimator: Annotated[tuple[Literal["exact", "rloo"], ...], Field(min_length=1)]
+
+
+class ModelParams(_Section):
+    """One language model. ``stands_in_for`` is printed wherever its numbers appear."""
+
+    source: SourceParams
+    dtype: Literal["float32", "bfloat16", "float16"]
+    stands_in_for: str | None = None
+
+
+class SplitSizes(_Section):
+    """Samples per split; per task for RULER. Splits share no document, needle or dialogue."""
+
+    train: PositiveInt
+    validation: PositiveInt
+    test: PositiveInt
+
+
+class RulerParams(_Section):
+    """RULER, made by NVIDIA's own generator (``pipeline/corpora/ruler.py``).
+
+    ``length`` is the generator's max_seq_length in tokens: prompt plus the tokens it reserves for the
+    answer. ``task_lengths`` replaces it for tasks that the generator cannot fit into ``length``.
+    """
+
+    kind: Literal["ruler"]
+    source: SourceParams
+    sentence_splitter: SourceParams
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    length: PositiveInt
+    task_lengths: dict[str, PositiveInt] = {}
+    samples: SplitSizes
+    max_new_tokens: PositiveInt
+    seed: int
+    stands_in_for: str | None = None
+
+    @model_validator(mode="after")
+    def _known_tasks(self) -> "RulerParams":
+        for task in (*self.tasks, *self.task_lengths):
+            if task not in RULER_TASKS:
+                raise ValueError(f"unknown RULER task '{task}'; known: {', '.join(RULER_TASKS)}")
+        return self
+
+
+class DialoguesParams(_Section):
+    """Multi-turn dialogues over passages, composed to ``length`` tokens (``pipeline/corpora/dialogues.py``)."""
+
+    kind: Literal["dialogues"]
+    source: SourceParams
+    length: PositiveInt
+    max_reply_tokens: PositiveInt
+    samples: SplitSizes
+    seed: int
+    stands_in_for: str | None = None
+
+
+CorpusParams = Annotated[RulerParams | DialoguesParams, Field(discriminator="kind")]
+
+
+class TracesParams(_Section):
+    """How attention is captured. ``block_size`` queries make one entry of the future-attention record."""
+
+    block_size: PositiveInt
+    query_chunk: PositiveInt
+    sequences_per_shard: PositiveInt
+
+    @model_validator(mode="after")
+    def _chunk_of_blocks(self) -> "TracesParams":
+        if self.query_chunk % self.block_size:
+            raise ValueError("query_chunk must be a multiple of block_size")
+        return self
+
+
+class AgentParams(_Section):
+    """Shape of one agent: an MLP from (key, value, position features) to one score."""
+
+    hidden_width: PositiveInt
+    hidden_layers: PositiveInt
+    position_features: tuple[Literal["position", "age"], ...]
+
+
+class TrainParams(_Section):
+    """Training of all agents of a model (paper, Algorithm 1)."""
+
+    agent: AgentParams
+    steps: PositiveInt
+    learning_rate: Annotated[float, Field(gt=0)]
+    final_learning_rate: Annotated[float, Field(gt=0)]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    warmup_factor: Annotated[float, Field(gt=0, le=1)]
+    gradient_clip: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    rloo_samples: Annotated[int, Field(ge=2)]
+    validate_every: PositiveInt
+    checkpoint_every: PositiveInt
+    seed: int
+
+
+class EvaluationParams(_Section):
+    """The sweep. ``budgets`` are absolute token counts per head, the protected tokens included."""
+
+    budgets: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    n_sink: Annotated[int, Field(ge=0)]
+    n_recent: PositiveInt
+    seed: int
+
+    @model_validator(mode="after")
+    def _budgets_hold_the_protected(self) -> "EvaluationParams":
+        if list(self.budgets) != sorted(set(self.budgets)):
+            raise ValueError("budgets must be distinct and ascending")
+        if self.budgets[0] < self.n_sink + self.n_recent:
+            raise ValueError(
+                f"the smallest budget, {self.budgets[0]}, is below the {self.n_sink + self.n_recent} protected tokens"
+            )
+        return self
+
+
+class ReportParams(_Section):
+    """Bootstrap of the tables and the head shown in figure 5a."""
+
+    bootstrap_samples: PositiveInt
+    confidence: Annotated[float, Field(gt=0, lt=1)]
+    example_layer: Annotated[int, Field(ge=0)]
+    example_kv_head: Annotated[int, Field(ge=0)]
+    seed: int
+
+
+class Params(_Section):
+    """The whole of params.yaml. ``profile`` names the file under profiles/ that it is a copy of."""
+
+    profile: Name
+    matrix: MatrixParams
+    models: dict[Name, ModelParams]
+    corpora: dict[Name, CorpusParams]
+    traces: TracesParams
+    train: TrainParams
+    evaluation: EvaluationParams
+    report: ReportParams
+
+    @model_validator(mode="after")
+    def _matrix_names_exist(self) -> "Params":
+        for name in self.matrix.model:
+            if name not in self.models:
+                raise ValueError(f"matrix.model names '{name}', which is not in models")
+        for name in self.matrix.corpus:
+            if name not in self.corpora:
+                raise ValueError(f"matrix.corpus names '{name}', which is not in corpora")
+        return self
+
+
+Entry = TypeVar("Entry")
+
+
+def load_params(path: Path = Path("params.yaml")) -> Params:
+    """Read and validate a params file.
+
+    Raises
+    ------
+    PipelineError
+        The file is missing, is not YAML, or has an unknown, mistyped or out-of-range key. Names the
+        file and the first key at fault.
+    """
+    try:
+        raw = YAML(typ="safe", pure=True).load(path.read_text())
+    except FileNotFoundError:
+        raise PipelineError(
+            f"{path} does not exist; run from the repository root or copy a file from profiles/."
+        ) from None
+    except YAMLError as error:
+        raise PipelineError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    try:
+        return Params.model_validate(_lists_as_tuples(raw))
+    except ValidationError as error:
+        raise PipelineError(f"{path}: {_first_problem(error)}") from None
+
+
+def entry(entries: dict[str, Entry], name: str, section: str) -> Entry:
+    """The entry called ``name`` of a params section, or an error that lists the names there are."""
+    if name not in entries:
+        raise PipelineError(f"params.yaml: {section} has no '{name}'; it has {', '.join(sorted(entries))}.")
+    return entries[name]
+
+
+def _lists_as_tuples(node: Any) -> Any:
+    # Strict pydantic refuses lists for tuples; YAML has only lists.
+    if isinstance(node, dict):
+        return {key: _lists_as_tuples(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return tuple(_lists_as_tuples(value) for value in node)
+    return node
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    location = problem["loc"]
+    if location[:1] == ("corpora",) and location[2:3] in (("ruler",), ("dialogues",)):
+        # Pydantic adds the kind that chose the model of this corpus; the file has no such level.
+        location = (*location[:2], *location[3:])
+    key = ".".join(str(part) for part in location) or "the file"
+    if problem["type"] == "extra_forbidden":
+        return f"unknown key {key}; remove it or correct its spelling."
+    if problem["type"] == "missing":
+        return f"missing key {key}; add it (profiles/default.yaml shows every key)."
+    # Lists of the file are checked as tuples, a word that params.yaml does not know.
+    message = problem["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
+    return f"{key}: {message} (got {_short(problem['input'])})."
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

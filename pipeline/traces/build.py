@@ -1,0 +1,57 @@
+"""Turn samples into trace shards: prefill each sequence once, skip the shards that are already there."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from pipeline.corpora.samples import Sample
+from pipeline.models import head_shape
+from pipeline.params import TracesParams
+from pipeline.traces.capture import LayerTrace, capture_sequence
+from pipeline.traces.shards import TraceShape, is_committed, write_manifest, write_shard
+
+
+def build_traces(
+    work: Path,
+    model: PreTrainedModel,
+    model_name: str,
+    corpus: str,
+    splits: Mapping[str, Sequence[Sample]],
+    params: TracesParams,
+    advance: Callable[[int], None],
+) -> None:
+    """Write the traces of all splits under ``work``, then the manifest.
+
+    Parameters
+    ----------
+    splits
+        split -> samples; prompt and true continuation are captured together, since the true tokens that
+        follow a cache are what its importance is about.
+    advance
+        Called with the number of sequences done (or found done) since the last call.
+    """
+    layers, kv_heads, head_dim = head_shape(model)
+    shape = TraceShape(model_name, corpus, layers, kv_heads, head_dim, params.block_size)
+    shards: dict[str, int] = {}
+    for split, samples in splits.items():
+        size = params.sequences_per_shard
+        shards[split] = -(-len(samples) // size)
+        for shard in range(shards[split]):
+            members = samples[shard * size : (shard + 1) * size]
+            if is_committed(work, split, shard):
+                advance(len(members))
+                continue
+            traces = _capture(model, members, shard * size, params, advance)
+            write_shard(work, split, shard, shape, traces)
+    write_manifest(work, shape, shards)
+
+
+def _capture(
+    model: PreTrainedModel, samples: Sequence[Sample], first: int, params: TracesParams, advance: Callable[[int], None]
+) -> Iterator[tuple[int, str, list[LayerTrace]]]:
+    for index, sample in enumerate(samples, start=first):
+        traces = capture_sequence(model, torch.tensor(sample.input_ids), params.block_size, params.query_chunk)
+        yield index, sample.sample_id, traces
+        advance(1)

@@ -1,0 +1,64 @@
+"""From the future-attention record to the importance of cached tokens. It knows tensors only.
+
+The importance of cached token i at cache size n is the attention it receives from the true tokens that
+follow: imp_i = sum over queries j >= n (0-based) of A(i, j), A the maximum over the query heads of the
+group (paper, section "Reward"). The record keeps A summed over blocks of queries, so the importance is
+exact at every cache size that is a multiple of the block size, and queries need not be stored.
+"""
+
+import torch
+from torch import Tensor
+
+
+def future_importance(record: Tensor, cache_size: int, block_size: int) -> Tensor:
+    """Importance of the first ``cache_size`` tokens to everything after them.
+
+    Parameters
+    ----------
+    record
+        (..., tokens, blocks), attention mass per token and block of queries.
+    cache_size
+        n, a multiple of ``block_size``.
+
+    Returns
+    -------
+    (..., cache_size) float32
+
+    Raises
+    ------
+    ValueError
+        ``cache_size`` is not a multiple of ``block_size``, or is larger than the sequence.
+    """
+    if cache_size % block_size or not 0 < cache_size <= record.shape[-2]:
+        raise ValueError(f"cache size {cache_size} is no multiple of {block_size} within {record.shape[-2]} tokens")
+    return record[..., :cache_size, cache_size // block_size :].sum(dim=-1, dtype=torch.float32)
+
+
+def record_lengths(tokens: int, block_size: int) -> Tensor:
+    """(tokens,) int64: how many trailing blocks of each token's record are worth storing.
+
+    Token i matters at cache sizes n > i only; the first multiple of the block size above i is
+    (i // block_size + 1) * block_size, so earlier blocks are never part of an importance.
+    """
+    blocks = -(-tokens // block_size)
+    return blocks - 1 - torch.arange(tokens) // block_size
+
+
+def pack_record(record: Tensor, block_size: int) -> Tensor:
+    """Keep the stored part of a record: (kv_heads, tokens, blocks) -> (kv_heads, entries), token-major."""
+    stored = _stored(record.shape[-2], block_size).to(record.device)
+    return record[..., stored]
+
+
+def unpack_record(packed: Tensor, tokens: int, block_size: int) -> Tensor:
+    """Inverse of :func:`pack_record`; entries that were not stored are 0."""
+    stored = _stored(tokens, block_size)
+    record = packed.new_zeros(*packed.shape[:-1], *stored.shape)
+    record[..., stored] = packed
+    return record
+
+
+def _stored(tokens: int, block_size: int) -> Tensor:
+    blocks = -(-tokens // block_size)
+    first = blocks - record_lengths(tokens, block_size)
+    return torch.arange(blocks)[None, :] >= first[:, None]  # (tokens, blocks)

@@ -1,0 +1,284 @@
+"""Traces on disk: Parquet shards, partitioned by layer, resumable and checksummed. It runs no model.
+
+    <root>/manifest.json                       everything a reader needs, and the checksum of each file
+    <root>/<split>/shard-00000.json            commit marker of a shard, written after its files
+    <root>/<split>/layer=07/shard-00000.parquet
+
+One row is one token of one KV head; one row group is one (sequence, KV head), so a reader touches only
+the bytes of the head and sequence it asks for. Keys, values and the packed future-attention record are
+float16. Bytes are reproducible: no timestamps, fixed encodings, pinned pyarrow.
+"""
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from pipeline.errors import PipelineError
+from pipeline.traces.capture import LayerTrace
+from pipeline.traces.importance import pack_record, record_lengths, unpack_record
+from pipeline.workdir import disk_errors, hash_file, write_json
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class TraceShape:
+    """What all shards of one directory share."""
+
+    model: str
+    corpus: str
+    layers: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+
+    def schema(self) -> pa.Schema:
+        """Arrow schema of a shard file."""
+        vector = pa.list_(pa.float16(), self.head_dim)
+        return pa.schema(
+            [
+                ("sequence", pa.int32()),
+                ("kv_head", pa.int16()),
+                ("position", pa.int32()),
+                ("key", vector),
+                ("value", vector),
+                ("future_attention", pa.list_(pa.float16())),
+            ]
+        )
+
+
+def shard_name(shard: int) -> str:
+    """File stem of a shard."""
+    return f"shard-{shard:05d}"
+
+
+def is_committed(root: Path, split: str, shard: int) -> bool:
+    """Whether a shard was completely written before (its marker is written last)."""
+    return (root / split / f"{shard_name(shard)}.json").is_file()
+
+
+def write_shard(
+    root: Path,
+    split: str,
+    shard: int,
+    shape: TraceShape,
+    sequences: Iterable[tuple[int, str, list[LayerTrace]]],
+) -> None:
+    """Write one shard: a file per layer, then the commit marker.
+
+    Parameters
+    ----------
+    sequences
+        (index within the split, sample id, one trace per layer); consumed one at a time, so memory holds
+        a single sequence.
+
+    Raises
+    ------
+    PipelineError
+        A key or value does not fit float16, or the disk is full. No marker is left in either case.
+    """
+    schema = shape.schema()
+    directory = root / split
+    temporary = {layer: directory / f"layer={layer:02d}" / f".{shard_name(shard)}.tmp" for layer in range(shape.layers)}
+    written: list[dict[str, Any]] = []
+    with disk_errors(directory):
+        writers: list[pq.ParquetWriter] = []
+        try:
+            for path in temporary.values():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                writers.append(_open_writer(path, schema))
+            for group, (index, sample_id, layers) in enumerate(sequences):
+                for layer, (writer, trace) in enumerate(zip(writers, layers, strict=True)):
+                    for table in _tables(index, sample_id, layer, trace, shape, schema):
+                        writer.write_table(table, row_group_size=table.num_rows)
+                written.append(
+                    {"sequence": index, "sample_id": sample_id, "tokens": layers[0].keys.shape[1], "group": group}
+                )
+        except BaseException:
+            for writer in writers:
+                writer.close()
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
+            raise
+        for writer in writers:
+            writer.close()
+        files = []
+        for path in temporary.values():
+            final = path.with_name(f"{shard_name(shard)}.parquet")
+            path.replace(final)
+            files.append(
+                {"path": str(final.relative_to(root)), "sha256": hash_file(final), "bytes": final.stat().st_size}
+            )
+        rows = shape.kv_heads * sum(entry["tokens"] for entry in written)
+        write_json(
+            directory / f"{shard_name(shard)}.json", {"sequences": written, "files": files, "rows_per_file": rows}
+        )
+
+
+def write_manifest(root: Path, shape: TraceShape, splits: dict[str, int]) -> None:
+    """Gather the commit markers into manifest.json and drop them.
+
+    Parameters
+    ----------
+    splits
+        split -> number of shards.
+    """
+    content: dict[str, Any] = {"shape": vars(shape), "splits": {}}
+    for split, shards in splits.items():
+        markers = [root / split / f"{shard_name(shard)}.json" for shard in range(shards)]
+        content["splits"][split] = [json.loads(marker.read_text()) for marker in markers]
+    write_json(root / MANIFEST, content)
+
+
+def _open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    # Float16 keys and values are noise to a compressor; statistics over them are of no use to a reader.
+    return pq.ParquetWriter(
+        path, schema, compression="none", use_dictionary=False, write_statistics=["sequence", "kv_head"], version="2.6"
+    )
+
+
+def _tables(
+    index: int, sample_id: str, layer: int, trace: LayerTrace, shape: TraceShape, schema: pa.Schema
+) -> Iterable[pa.Table]:
+    tokens = trace.keys.shape[1]
+    keys = _as_float16(trace.keys, sample_id, layer, "key")
+    values = _as_float16(trace.values, sample_id, layer, "value")
+    packed = pack_record(trace.record.cpu(), shape.block_size).to(torch.float16).numpy()
+    offsets = np.concatenate([[0], record_lengths(tokens, shape.block_size).cumsum(0).numpy()]).astype(np.int32)
+    for kv_head in range(shape.kv_heads):
+        yield pa.Table.from_arrays(
+            [
+                pa.array(np.full(tokens, index, np.int32)),
+                pa.array(np.full(tokens, kv_head, np.int16)),
+                pa.array(np.arange(tokens, dtype=np.int32)),
+                pa.FixedSizeListArray.from_arrays(pa.array(keys[kv_head].reshape(-1)), shape.head_dim),
+                pa.FixedSizeListArray.from_arrays(pa.array(values[kv_head].reshape(-1)), shape.head_dim),
+                pa.ListArray.from_arrays(pa.array(offsets), pa.array(packed[kv_head])),
+            ],
+            schema=schema,
+        )
+
+
+def _as_float16(states: Tensor, sample_id: str, layer: int, name: str) -> np.ndarray[Any, Any]:
+    half = states.to(torch.float16)
+    if not torch.isfinite(half).all():
+        raise PipelineError(
+            f"Sample {sample_id}, layer {layer}: a {name} is outside the range of float16 "
+            f"(largest magnitude {states.abs().max().item():.3g}); half precision cannot hold this cache."
+        )
+    return half.cpu().numpy()
+
+
+@dataclass(frozen=True)
+class SequenceInfo:
+    """Where one sequence lies: ``group`` is its index within the shard."""
+
+    sample_id: str
+    tokens: int
+    shard: int
+    group: int
+
+
+class TraceReader:
+    """Reads traces of one split, layer by layer and sequence by sequence, through a bounded memory.
+
+    Parameters
+    ----------
+    root
+        A directory with a manifest.json.
+    cache_bytes
+        How much decoded data to keep; the least recently used is dropped first. A run-time resource,
+        no parameter of the result.
+
+    Raises
+    ------
+    PipelineError
+        The manifest is missing or unreadable, or the split has no sequences.
+    """
+
+    def __init__(self, root: Path, split: str, cache_bytes: int) -> None:
+        try:
+            manifest = json.loads((root / MANIFEST).read_text())
+            self.shape = TraceShape(**manifest["shape"])
+            shards = manifest["splits"][split]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PipelineError(f"{root / MANIFEST} cannot be read ({error}); run the traces stage again.") from None
+        self.root, self.split = root, split
+        self.sequences = [
+            SequenceInfo(entry["sample_id"], entry["tokens"], shard, entry["group"])
+            for shard, content in enumerate(shards)
+            for entry in content["sequences"]
+        ]
+        if not self.sequences:
+            raise PipelineError(f"{root}: the split {split} has no sequences; raise corpora.*.samples.{split}.")
+        self._checksums = {file["path"]: file["sha256"] for content in shards for file in content["files"]}
+        self._files: dict[str, pq.ParquetFile] = {}
+        self._memory: OrderedDict[int, tuple[Tensor, Tensor, Tensor]] = OrderedDict()
+        self._memory_bytes, self._cache_bytes = 0, cache_bytes
+        self._lock = threading.Lock()
+
+    def read_layer(self, layer: int, sequence: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values (kv_heads, n, head_dim) and record (kv_heads, n, blocks) of one layer, float16."""
+        info, shape = self.sequences[sequence], self.shape
+        file = self._open(layer, info.shard)
+        groups = range(info.group * shape.kv_heads, (info.group + 1) * shape.kv_heads)
+        try:
+            table = file.read_row_groups(list(groups), columns=["key", "value", "future_attention"], use_threads=False)
+        except (OSError, pa.ArrowException) as error:
+            raise PipelineError(
+                f"{self._path(layer, info.shard)} is damaged ({error}); run the traces stage again."
+            ) from None
+        vectors = (shape.kv_heads, info.tokens, shape.head_dim)
+        keys, values = (_flat(table[name]).view(vectors) for name in ("key", "value"))
+        packed = _flat(table["future_attention"]).view(shape.kv_heads, -1)
+        return keys, values, unpack_record(packed, info.tokens, shape.block_size)
+
+    def read(self, sequence: int) -> tuple[Tensor, Tensor, Tensor]:
+        """All layers of one sequence, stacked: heads = layers x kv_heads comes first, layer-major."""
+        with self._lock:
+            if sequence in self._memory:
+                self._memory.move_to_end(sequence)
+                return self._memory[sequence]
+        parts = [self.read_layer(layer, sequence) for layer in range(self.shape.layers)]
+        keys, values, record = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        with self._lock:
+            size = sum(tensor.nbytes for tensor in (keys, values, record))
+            self._memory[sequence] = (keys, values, record)
+            self._memory_bytes += size
+            while self._memory_bytes > self._cache_bytes and len(self._memory) > 1:
+                _, dropped = self._memory.popitem(last=False)
+                self._memory_bytes -= sum(tensor.nbytes for tensor in dropped)
+        return keys, values, record
+
+    def _path(self, layer: int, shard: int) -> Path:
+        return self.root / self.split / f"layer={layer:02d}" / f"{shard_name(shard)}.parquet"
+
+    def _open(self, layer: int, shard: int) -> pq.ParquetFile:
+        path = self._path(layer, shard)
+        key = str(path.relative_to(self.root))
+        with self._lock:
+            if key not in self._files:
+                if not path.is_file():
+                    raise PipelineError(f"{path} is missing; run the traces stage again.")
+                # Once per file, on first use: a flipped bit in a float would otherwise train silently.
+                if hash_file(path) != self._checksums[key]:
+                    raise PipelineError(
+                        f"{path} does not match its checksum: it was cut or changed; run the traces stage again."
+                    )
+                self._files[key] = pq.ParquetFile(path, memory_map=True)
+            return self._files[key]
+
+
+def _flat(column: pa.ChunkedArray) -> Tensor:
+    chunks: Sequence[Any] = [chunk.flatten().to_numpy(zero_copy_only=True) for chunk in column.chunks]
+    return torch.from_numpy(np.concatenate(chunks))

@@ -1,0 +1,350 @@
+"""What is compared goes to MLflow from here, out of the files other stages wrote; nothing reads it back.
+
+This is the only file that knows MLflow, and it knows no training and no evaluation. Deleting the
+database loses nothing: every function starts from files. A run is found again by its ``fingerprint``
+tag; one without the tag ``complete`` was interrupted, and is deleted and logged anew.
+
+MLflow is imported inside functions: it takes 1.7 s, which ``--help`` should not wait for.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import polars as pl
+from filelock import FileLock
+
+from pipeline.errors import PipelineError
+from pipeline.params import Params
+from pipeline.reporting import tables
+from pipeline.workdir import hash_file
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+TRAININGS = "KVP trainings"
+EVALUATIONS = "KVP evaluations"
+# Points of a metric: a chart shows no more, and writing the heads' points takes most of the time.
+PARENT_POINTS = 200
+HEAD_POINTS = 75
+# The most that one request may carry.
+BATCH = 1000
+
+
+def log_training(policy_dir: Path) -> str:
+    """Log one training: a parent run with curves over heads, and a child run for each head.
+
+    Parameters
+    ----------
+    policy_dir
+        A finished policy: config.json, curves.parquet, README.md.
+
+    Returns
+    -------
+    str
+        Id of the parent run; that of the existing one if this training is logged already.
+    """
+    config = _read_config(policy_dir / "config.json")
+    with _tracking() as client:
+        experiment = _experiment(client, TRAININGS)
+        if known := _complete_run(client, experiment, "training", config["fingerprint"]):
+            return known
+        curves = tables.read_table(policy_dir / "curves.parquet", tables.CURVE_COLUMNS)
+        parent = _start(client, experiment, _training_name(config), _training_tags(config))
+        _log(client, parent, _aggregate_metrics(_thinned(curves, PARENT_POINTS)), params=_training_params(config))
+        _log_traces(client, parent, config)
+        client.log_table(parent, _last_values(curves), "heads.json")
+        for file in ("config.json", "curves.parquet", "README.md"):
+            if (policy_dir / file).is_file():
+                client.log_artifact(parent, str(policy_dir / file))
+        identity = {name: str(config[name]) for name in ("model", "corpus", "estimator")}
+        by_head = _thinned(curves, HEAD_POINTS).sort("layer", "kv_head", "metric", "step")
+        for (layer, kv_head), part in by_head.group_by("layer", "kv_head", maintain_order=True):
+            tags = identity | {
+                "role": "head",
+                "mlflow.parentRunId": parent,
+                "layer": str(layer),
+                "kv_head": str(kv_head),
+            }
+            child = _start(client, experiment, f"layer {layer} head {kv_head}", tags)
+            _log(client, child, list(part.select("metric", "value", "step").iter_rows()))
+            client.set_terminated(child)
+        _finish(client, parent)
+        return parent
+
+
+def log_evaluation(results: Path, reports: Path, params: Params) -> list[str]:
+    """Log the evaluation of each model: a parent run, and a child run for each policy.
+
+    Metrics are logged with step = budget, so that MLflow's charts draw them against the budget.
+
+    Parameters
+    ----------
+    results
+        Directory of evaluation.parquet and cost.parquet.
+    reports
+        Directory of the report; its files become artifacts of the parent where it exists.
+
+    Returns
+    -------
+    list[str]
+        Ids of the parent runs, one for each model of the matrix.
+    """
+    evaluation = tables.read_table(results / "evaluation.parquet", tables.EVALUATION_COLUMNS)
+    cost = tables.read_table(results / "cost.parquet", tables.COST_COLUMNS)
+    files = hash_file(results / "evaluation.parquet") + hash_file(results / "cost.parquet")
+    parents = []
+    with _tracking() as client:
+        experiment = _experiment(client, EVALUATIONS)
+        for model in params.matrix.model:
+            fingerprint = _hash({"files": files, "model": model, "report": params.report.model_dump(mode="json")})
+            parent = _complete_run(client, experiment, "evaluation", fingerprint)
+            if parent is None:
+                ours = evaluation.filter(pl.col("model") == model)
+                our_cost = cost.filter(pl.col("model") == model)
+                parent = _log_model_evaluation(client, experiment, fingerprint, (ours, our_cost), reports, params)
+            parents.append(parent)
+    return parents
+
+
+def tracking_uri(root: Path) -> str:
+    """MLFLOW_TRACKING_URI, or the SQLite database at ``root``."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
+
+
+def repository_root() -> Path:
+    """Where the database lies: DVC_ROOT, which in a temporary experiment is the user's own checkout."""
+    return Path(os.environ.get("DVC_ROOT") or Path.cwd()).resolve()
+
+
+def _log_model_evaluation(
+    client: "MlflowClient",
+    experiment: str,
+    fingerprint: str,
+    frames: tuple[pl.DataFrame, pl.DataFrame],
+    reports: Path,
+    params: Params,
+) -> str:
+    evaluation, cost = frames
+    scores = tables.score_table(evaluation, params.report)
+    costs = tables.cost_table(tables.normalised_costs(cost, evaluation), params.report)
+    model = str(evaluation["model"].first())
+    tags = _origin_tags() | {"role": "evaluation", "fingerprint": fingerprint, "model": model}
+    corpora = ", ".join(params.matrix.corpus)
+    parent = _start(client, experiment, f"{model} on {corpora}, budget sweep", tags)
+    sweep = params.evaluation.model_dump(mode="json") | {"corpora": corpora}
+    _log(client, parent, [], params=sweep | {"params_hash": _hash(sweep)})
+    client.log_table(parent, scores.to_dict(as_series=False), "scores.json")
+    client.log_table(parent, costs.to_dict(as_series=False), "normalised_cost.json")
+    for policy, trained_on in tables.series(scores):
+        name = f"{policy} trained on {trained_on}" if trained_on else policy
+        identity = {"model": model, "policy": policy, "trained_on": trained_on or "none"}
+        child = _start(
+            client, experiment, f"{name}, budget sweep", identity | {"role": "policy", "mlflow.parentRunId": parent}
+        )
+        points = _score_points(tables.select(scores, policy, trained_on), params.evaluation.budgets)
+        points += _cost_points(tables.select(costs, policy, trained_on))
+        _log(client, child, points, params=identity)
+        client.set_terminated(child)
+    if reports.is_dir():
+        client.log_artifacts(parent, str(reports), "report")
+    _finish(client, parent)
+    return parent
+
+
+def _score_points(scores: pl.DataFrame, budgets: Sequence[int]) -> list[tuple[str, float, int]]:
+    points = []
+    for row in scores.iter_rows(named=True):
+        # No budget means no eviction: the same value at every budget draws the ceiling as a line.
+        steps = budgets if row["budget"] is None else [row["budget"]]
+        for name, suffix in (("mean", ""), ("low", "_low"), ("high", "_high")):
+            points += [(f"{row['benchmark']}_{row['metric']}{suffix}", row[name], step) for step in steps]
+    return points
+
+
+def _cost_points(costs: pl.DataFrame) -> list[tuple[str, float, int]]:
+    pooled = costs.filter(pl.col("scope") == "pooled")
+    return [
+        (f"{row['corpus']}_normalised_cost{suffix}", row[name], 0)
+        for row in pooled.iter_rows(named=True)
+        for name, suffix in (("mean", ""), ("low", "_low"), ("high", "_high"))
+    ]
+
+
+@contextmanager
+def _tracking() -> "Iterator[MlflowClient]":
+    """A client on a ready database, for one process at a time.
+
+    The lock serves three ends: two processes creating the schema crash each other, one process must
+    not take a run that another is still logging for an interrupted one, and SQLite has one writer.
+    """
+    # Read when mlflow is imported, so it must be set before.
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    for noisy in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    root = repository_root()
+    uri = tracking_uri(root)
+    with FileLock(root / "mlflow.db.lock"):
+        try:
+            yield MlflowClient(tracking_uri=uri)
+        except MlflowException as error:
+            first = str(error).strip().splitlines()[0]
+            raise PipelineError(
+                f"MLflow at {uri} refused ({first}); move mlflow.db away and run python -m stages.track."
+            ) from error
+
+
+def _experiment(client: "MlflowClient", name: str) -> str:
+    existing = client.get_experiment_by_name(name)
+    if existing is not None:
+        return str(existing.experiment_id)
+    location = None
+    if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http", "databricks")):
+        # A server knows where its artifacts go; a local database would put them into the current directory.
+        location = (repository_root() / "mlartifacts").as_uri()
+    return str(client.create_experiment(name, artifact_location=location))
+
+
+def _complete_run(client: "MlflowClient", experiment: str, role: str, fingerprint: str) -> str | None:
+    """The complete run with this fingerprint, if any. Interrupted ones are deleted with their children."""
+    for run in client.search_runs([experiment], f"tags.fingerprint = '{fingerprint}' and tags.role = '{role}'"):
+        parent = str(run.info.run_id)
+        if run.data.tags.get("complete") == "true":
+            return parent
+        children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=50_000)
+        # The parent last: a second interruption here leaves it to be found again.
+        for stale in (*children, run):
+            client.delete_run(stale.info.run_id)
+    return None
+
+
+def _start(client: "MlflowClient", experiment: str, name: str, tags: dict[str, str]) -> str:
+    return str(client.create_run(experiment, run_name=name, tags=tags).info.run_id)
+
+
+def _finish(client: "MlflowClient", run: str) -> None:
+    client.set_terminated(run)
+    client.set_tag(run, "complete", "true")
+
+
+def _log(
+    client: "MlflowClient", run: str, points: Sequence[tuple[str, float, int]], params: dict[str, Any] | None = None
+) -> None:
+    from mlflow.entities import Metric, Param
+
+    now = int(time.time() * 1000)
+    metrics: list[Metric] = [Metric(key, value, now, step) for key, value, step in points]
+    if params:
+        client.log_batch(run, params=[Param(name, str(value)) for name, value in params.items()])
+    for start in range(0, len(metrics), BATCH):
+        client.log_batch(run, metrics=metrics[start : start + BATCH])
+
+
+def _log_traces(client: "MlflowClient", run: str, config: dict[str, Any]) -> None:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    # The digest column holds 36 characters.
+    dataset = Dataset(
+        name=f"traces of {config['corpus']}",
+        digest=str(config["trace_fingerprint"])[:36],
+        source_type="local",
+        source=json.dumps({"uri": f"traces/{config['model']}/{config['corpus']}"}),
+    )
+    client.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+
+
+def _thinned(curves: pl.DataFrame, most: int) -> pl.DataFrame:
+    """At most ``most`` evenly spaced steps of each metric, the last one among them."""
+    step = pl.col("step").rank("dense").over("metric") - 1  # 0, 1, ... within a metric
+    last = step.max().over("metric")
+    stride = last // most + 1
+    return curves.filter((last - step) % stride == 0)
+
+
+def _aggregate_metrics(curves: pl.DataFrame) -> list[tuple[str, float, int]]:
+    value = pl.col("value").cast(pl.Float64)
+    over_heads = (
+        curves.group_by("metric", "step")
+        .agg(mean=value.mean(), q10=value.quantile(0.1, "linear"), q90=value.quantile(0.9, "linear"))
+        .sort("metric", "step")
+    )
+    return [
+        (f"{name}_{row['metric']}", row[name], row["step"])
+        for row in over_heads.iter_rows(named=True)
+        for name in ("mean", "q10", "q90")
+    ]
+
+
+def _last_values(curves: pl.DataFrame) -> dict[str, list[Any]]:
+    last = curves.sort("step").group_by("layer", "kv_head", "metric").agg(pl.col("value").last())
+    table = last.sort("metric").pivot("metric", index=["layer", "kv_head"]).sort("layer", "kv_head")
+    return table.to_dict(as_series=False)
+
+
+def _training_name(config: dict[str, Any]) -> str:
+    train = config["params"]
+    return f"{config['corpus']} {config['estimator']} {train['steps']} steps lr {train['learning_rate']:g}"
+
+
+def _training_params(config: dict[str, Any]) -> dict[str, Any]:
+    top = ("model", "corpus", "estimator", "layers", "kv_heads", "head_dim", "parameters_per_agent")
+    train = {name: value for name, value in config["params"].items() if name != "agent"}
+    agent = {f"agent_{name}": value for name, value in config["params"].get("agent", {}).items()}
+    return {name: config[name] for name in top} | train | agent
+
+
+def _training_tags(config: dict[str, Any]) -> dict[str, str]:
+    identity = {
+        name: str(config[name]) for name in ("model", "corpus", "estimator", "fingerprint", "trace_fingerprint")
+    }
+    return _origin_tags() | identity | {"role": "training", "params_hash": _hash(config["params"])}
+
+
+def _origin_tags() -> dict[str, str]:
+    tags = {"dvc.stage": os.environ.get("DVC_STAGE", "track")}
+    if experiment := os.environ.get("DVC_EXP_NAME"):
+        tags["dvc.exp"] = experiment
+    if Path("dvc.lock").is_file():
+        tags["dvc.lock"] = hash_file(Path("dvc.lock"))
+    revision = _git("rev-parse", "HEAD")
+    if revision is not None:
+        tags["mlflow.source.git.commit"] = revision
+        tags["git.dirty"] = str(bool(_git("status", "--porcelain", "--untracked-files=no"))).lower()
+    return tags
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git, or None where there is no repository: the project works from a tarball too."""
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise PipelineError(f"{path} does not exist; run the train stage (dvc repro does).") from None
+    except json.JSONDecodeError as error:
+        raise PipelineError(f"{path} is not valid JSON ({error}); run the train stage again.") from None
+    needed = ("model", "corpus", "estimator", "layers", "kv_heads", "head_dim", "parameters_per_agent", "params")
+    missing = [name for name in (*needed, "fingerprint", "trace_fingerprint") if name not in config]
+    if missing:
+        raise PipelineError(f"{path} lacks {', '.join(missing)}; run the train stage again.")
+    return config
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

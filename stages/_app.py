@@ -1,0 +1,134 @@
+"""What every stage shares: the error boundary, logging, progress bars, run-time options."""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Protocol
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from pipeline.errors import PipelineError
+
+ModelOption = Annotated[str, typer.Option(help="Name of a model in params.yaml.")]
+CorpusOption = Annotated[str, typer.Option(help="Name of a corpus in params.yaml.")]
+DeviceOption = Annotated[str, typer.Option(envvar="KVP_DEVICE", help="Where to compute: cpu, cuda, cuda:1, ...")]
+
+
+def run(command: Callable[..., None]) -> None:
+    """Run ``command`` as a command line; a PipelineError becomes one sentence on stderr and exit code 1."""
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    # Warnings of libraries about their own internals are not this user's business; errors still show.
+    for library in ("transformers", "httpx", "huggingface_hub", "alembic", "kvpress"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        # Bars of libraries would fill a log file with carriage returns. Read when tqdm is imported.
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the shell ignores it
+        signal.signal(signal.SIGINT, _interrupt)
+        sys.unraisablehook = _report_unraisable
+    try:
+        # Typer hands back the code of an early end; for Ctrl-C that is 130, or an exception in other versions.
+        code = app(standalone_mode=False) or 0
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one place that speaks to the user
+        code = 1
+    except (typer.Abort, KeyboardInterrupt):
+        code = 130
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except Exception as error:
+        if error.__class__.__module__.startswith(("click", "typer")) and hasattr(error, "show"):
+            error.show()
+            code = getattr(error, "exit_code", 2)
+        else:
+            raise
+    if code == 130:
+        print("interrupted; run again to continue where it stopped.", file=sys.stderr)  # noqa: T201
+    sys.exit(code)
+
+
+_interrupted = threading.Event()
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    """Ctrl-C. Python drops what is raised inside a ``__del__``; the next step of the progress then raises it again."""
+    _interrupted.set()
+    raise KeyboardInterrupt
+
+
+def _report_unraisable(dropped: "sys.UnraisableHookArgs") -> None:
+    if not issubclass(dropped.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(dropped)
+
+
+class Advance(Protocol):
+    """Reports that ``count`` more units are done, with an optional short status."""
+
+    def __call__(self, count: int = 1, status: str = "") -> None: ...
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Advance]:
+    """Show progress with ETA on stderr: a bar on a terminal, a line per tenth elsewhere.
+
+    Each step raises KeyboardInterrupt if Ctrl-C was pressed and got lost.
+    """
+    if sys.stderr.isatty():
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        text, status_text = TextColumn("{task.description}"), TextColumn("{task.fields[status]}")
+        with Progress(text, *columns, status_text, console=Console(stderr=True)) as bar:
+            task = bar.add_task(description, total=total, status="")
+
+            def advance(count: int = 1, status: str = "") -> None:
+                if _interrupted.is_set():
+                    raise KeyboardInterrupt
+                bar.advance(task, count)
+                if status:
+                    bar.update(task, status=status)
+
+            yield advance
+        return
+    started, done, shown = time.monotonic(), 0, 0
+
+    def log(count: int = 1, status: str = "") -> None:
+        nonlocal done, shown
+        if _interrupted.is_set():
+            raise KeyboardInterrupt
+        done += count
+        if done * 10 // total > shown:
+            shown = done * 10 // total
+            elapsed = time.monotonic() - started
+            remaining = elapsed * (total - done) / done
+            logging.getLogger(__name__).info(
+                "%s: %d of %d, %.0f s elapsed, %.0f s to go %s", description, done, total, elapsed, remaining, status
+            )
+
+    yield log
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that this machine or this build of torch does not have."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise PipelineError(f"--device {device} cannot be used ({reason}); choose another.") from None
+
+
+def limit_threads() -> None:
+    """Use as many threads as there are usable cores, unless the user said otherwise."""
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

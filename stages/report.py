@@ -1,0 +1,57 @@
+"""Draw the figures and write the page: reports/figures/*.png and reports/index.html."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages._app import run
+
+REPORTS = Path("reports")
+
+
+def report(
+    results: Annotated[Path, typer.Option(help="Where the results stage wrote.")] = Path("results"),
+    policies: Annotated[Path, typer.Option(help="Where the train stage wrote.")] = Path("policies"),
+    samples: Annotated[Path, typer.Option(help="Where the samples stage wrote.")] = Path("samples"),
+    models: Annotated[Path, typer.Option(help="Where the model stage wrote.")] = Path("models"),
+    params_file: Annotated[Path, typer.Option("--params", help="The params file.")] = Path("params.yaml"),
+) -> None:
+    """Show the results as figures and one self-contained page."""
+    from pipeline.params import load_params
+    from pipeline.reporting import figures, page, tables
+    from pipeline.workdir import publish, work_directory, write_text
+
+    params = load_params(params_file)
+    evaluation = tables.read_table(results / "evaluation.parquet", tables.EVALUATION_COLUMNS)
+    cost = tables.read_table(results / "cost.parquet", tables.COST_COLUMNS)
+    training = tables.training_table(tables.read_curves(policies, params.matrix))
+    normalised = tables.normalised_costs(cost, evaluation)
+    files = {
+        (model, corpus): samples / model / corpus / "test.parquet"
+        for model in params.matrix.model
+        for corpus in params.matrix.corpus
+    }
+    numbers = page.Numbers(
+        scores=tables.score_table(evaluation, params.report),
+        tasks=tables.task_table(evaluation, params.report),
+        score_differences=tables.score_difference_table(evaluation, params.report),
+        costs=tables.cost_table(normalised, params.report),
+        cost_differences=tables.cost_difference_table(normalised, params.report),
+        steps=tables.steps_table(training),
+        prompts=tables.prompt_table({entry: path for entry, path in files.items() if path.is_file()}),
+    )
+    drawings = figures.drawings(
+        figures.Tables(numbers.scores, numbers.tasks, tables.cost_curves(cost), training), params.matrix, params.report
+    )
+
+    identity = {"matrix": params.matrix.model_dump(mode="json"), "report": params.report.model_dump(mode="json")}
+    work = work_directory("report", identity, [results])
+    drawn = [(drawing, figures.save(drawing, work)) for drawing in drawings]
+    recorded = page.recorded_sources(models, samples, params)
+    write_text(REPORTS / "index.html", page.render(params, numbers, drawn, recorded))
+    publish(work, REPORTS / "figures")
+
+
+if __name__ == "__main__":
+    run(report)

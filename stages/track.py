@@ -1,0 +1,32 @@
+"""Fill MLflow from files: every training and the evaluation of the matrix. A second call adds nothing."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from stages._app import run
+
+
+def track(
+    policies: Annotated[Path, typer.Option(help="Where the train stage wrote.")] = Path("policies"),
+    results: Annotated[Path, typer.Option(help="Where the results stage wrote.")] = Path("results"),
+    reports: Annotated[Path, typer.Option(help="Where the report stage wrote.")] = Path("reports"),
+    params_file: Annotated[Path, typer.Option("--params", help="The params file.")] = Path("params.yaml"),
+) -> None:
+    """Log what MLflow does not have yet: stages restored from DVC's cache have logged nothing."""
+    from pipeline import tracking
+    from pipeline.params import load_params
+
+    params = load_params(params_file)
+    for model in params.matrix.model:
+        for corpus in params.matrix.corpus:
+            for estimator in params.matrix.estimator:
+                tracking.log_training(policies / model / corpus / estimator)
+    tracking.log_evaluation(results, reports, params)
+    uri = tracking.tracking_uri(tracking.repository_root())
+    typer.echo(f"Compare the runs with: mlflow ui --backend-store-uri {uri}", err=True)
+
+
+if __name__ == "__main__":
+    run(track)

@@ -1,0 +1,57 @@
+"""Small models that every test may use: random weights, built from config, no download."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Phi3Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 128,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    # Large weights make attention uneven; with the default 0.02 every token would weigh the same.
+    "initializer_range": 0.3,
+}
+FAMILIES: dict[str, type[PretrainedConfig]] = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "phi3": Phi3Config,
+}
+MakeModel = Callable[[str], PreTrainedModel]
+
+# Models this small only lose by sharing their work, and wait for each other on a busy machine.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def make_model() -> MakeModel:
+    """family -> tiny random model in float32."""
+    cache: dict[str, PreTrainedModel] = {}
+
+    def make(family: str) -> PreTrainedModel:
+        if family not in cache:
+            torch.manual_seed(0)
+            sizes = SIZES | ({"hidden_size": 96} if family == "phi3" else {})
+            config = FAMILIES[family](**sizes)
+            cache[family] = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        return cache[family]
+
+    return make

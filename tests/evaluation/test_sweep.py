@@ -1,0 +1,212 @@
+"""The sweep on a tiny model: its rows, its oracle and its likelihoods against plain computations."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from pipeline.corpora.samples import Sample
+from pipeline.errors import PipelineError
+from pipeline.evaluation.sweep import COST_GRID, FULL, ORACLE, Outcome, PolicyKey, Sweep, ranking_costs
+from pipeline.eviction.baselines import BASELINES
+from pipeline.params import AgentParams, EvaluationParams, TracesParams
+from pipeline.policy.agents import Policy, PolicyShape
+from tests.conftest import MakeModel
+from tests.eviction.prefills import layer_caches
+
+IDS = (torch.arange(209) * 37 % 125 + 3).tolist()
+PROMPT_LEN = 201
+N = PROMPT_LEN
+MIDDLE = 96  # the largest multiple of the block size below N / 2 = 100
+SHAPE = PolicyShape(3, 2, 16, AgentParams(hidden_width=8, hidden_layers=1, position_features=("age",)))
+POLICIES = {
+    PolicyKey("kvp-exact", "ruler"): Policy(SHAPE, torch.Generator().manual_seed(0)),
+    PolicyKey("kvp-exact", "dialogues"): Policy(SHAPE, torch.Generator().manual_seed(1)),
+}
+
+
+class Letters:
+    """A tokenizer of which the sweep needs one method: token 3 is "d", 4 is "e", and so on, 26 letters."""
+
+    def decode(
+        self, tokens: Sequence[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        return "".join(chr(ord("a") + token % 26) for token in tokens)
+
+
+def make_sample(answers: tuple[str, ...] = ()) -> Sample:
+    return Sample(
+        sample_id="s",
+        corpus="ruler" if answers else "dialogues",
+        task="vt" if answers else "dialogues",
+        split="test",
+        input_ids=tuple(IDS),
+        prompt_len=PROMPT_LEN,
+        question_start=None,
+        answers=answers,
+        max_new_tokens=6 if answers else 0,
+        meta="{}",
+    )
+
+
+def make_sweep(model: PreTrainedModel, budgets: tuple[int, ...] = (24, 48, N)) -> Sweep:
+    evaluation = EvaluationParams(budgets=budgets, n_sink=4, n_recent=16, seed=0)
+    traces = TracesParams(block_size=16, query_chunk=32, sequences_per_shard=2)
+    return Sweep(model, Letters(), POLICIES, evaluation, traces)  # type: ignore[arg-type]
+
+
+def expected_rows(budgets: Sequence[int]) -> set[tuple[PolicyKey, int | None]]:
+    keys = {*POLICIES, ORACLE, *map(PolicyKey, BASELINES)}
+    return {(key, budget) for key in keys for budget in budgets} | {(FULL, None)}
+
+
+def by_row(outcomes: Sequence[Outcome]) -> dict[tuple[PolicyKey, int | None], Outcome]:
+    rows = {(outcome.key, outcome.budget): outcome for outcome in outcomes}
+    assert len(rows) == len(outcomes)
+    return rows
+
+
+def eager_importance(model: PreTrainedModel, cache_size: int, last: int) -> Tensor:
+    """Future importance (layers, kv_heads, cache_size) in float64, from the definition.
+
+    Maximum over the heads of a group, summed over the queries cache_size .. last - 1.
+    """
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model(torch.tensor(IDS)[None], output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    layers = []
+    for attention in attentions:
+        grouped = attention[0].double().view(2, 3, len(IDS), len(IDS))  # (kv_heads, group, queries, tokens)
+        layers.append(grouped.amax(1)[:, cache_size:last, :cache_size].sum(1))
+    return torch.stack(layers)
+
+
+@pytest.mark.parametrize("answers", [(), ("zzz",)], ids=["perplexity", "text"])
+def test_the_rows_are_policies_times_budgets_and_full(answers: tuple[str, ...], make_model: MakeModel) -> None:
+    outcomes, costs = make_sweep(make_model("llama")).run(make_sample(answers), seed=1)
+    rows = by_row(outcomes)
+    assert set(rows) == expected_rows((24, 48, N))
+    assert {outcome.metric for outcome in outcomes} == {"string_match" if answers else "nll"}
+    assert all(1 <= outcome.n_tokens <= 8 for outcome in outcomes)
+    assert {(cost.key, cost.cache_size) for cost in costs} == {
+        (key, size) for key, budget in expected_rows((1,)) if budget for size in (MIDDLE, N)
+    }
+
+
+def test_the_oracle_knows_the_true_importance_at_both_cache_sizes(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    prefill = make_sweep(model).prefill(make_sample(), seed=1)
+    assert set(prefill.importance) == {MIDDLE, N}
+    for size in (MIDDLE, N):
+        expected = eager_importance(model, size, len(IDS))
+        torch.testing.assert_close(prefill.importance[size].double(), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(prefill.scores[size][ORACLE], prefill.importance[size])
+
+
+def test_policies_and_baselines_are_scored_as_after_a_plain_prefill(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    prefill = make_sweep(model).prefill(make_sample(), seed=5)
+    for size in (MIDDLE, N):
+        for layer, cache in enumerate(layer_caches(model, torch.tensor(IDS[:size]), seed=5)):
+            for name, score in BASELINES.items():
+                if name != "lagkv":
+                    found = prefill.scores[size][PolicyKey(name)][layer]
+                    torch.testing.assert_close(found, score(cache), rtol=1e-3, atol=1e-4)
+            for key, policy in POLICIES.items():
+                with torch.no_grad():
+                    expected = policy(cache.keys[0], cache.values[0], layer=layer)
+                torch.testing.assert_close(prefill.scores[size][key][layer], expected, rtol=1e-3, atol=1e-4)
+
+
+def test_full_is_the_plain_model_and_keeping_all_equals_full(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    rows = by_row(make_sweep(model).run(make_sample(), seed=1)[0])
+    with torch.no_grad():
+        logits = model(torch.tensor(IDS)[None]).logits[0, PROMPT_LEN - 1 : -1]
+    expected = F.cross_entropy(logits[1:], torch.tensor(IDS[PROMPT_LEN + 1 :])).item()
+    whole = F.cross_entropy(logits, torch.tensor(IDS[PROMPT_LEN:])).item()
+    assert whole != pytest.approx(expected)  # the first token of the continuation counts
+    assert rows[FULL, None].value == pytest.approx(whole, rel=1e-4)
+    assert rows[FULL, None].n_tokens == len(IDS) - PROMPT_LEN
+    evicted = set()
+    for (key, budget), outcome in rows.items():
+        if budget == N:
+            assert outcome.value == pytest.approx(whole, rel=1e-4), key
+        elif budget is not None:
+            evicted.add(round(outcome.value, 4))
+    assert len(evicted) > 10  # small budgets do change the likelihood, each in its own way
+
+
+def test_full_writes_what_generate_writes(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    with torch.no_grad():
+        expected = model.generate(
+            torch.tensor(IDS[:PROMPT_LEN])[None],
+            attention_mask=torch.ones(1, PROMPT_LEN, dtype=torch.long),
+            max_new_tokens=6,
+            do_sample=False,
+        )
+    text = Letters().decode(expected[0, PROMPT_LEN:].tolist(), skip_special_tokens=True)
+    rows = by_row(make_sweep(model).run(make_sample((text[:3], "zzzzzz")), seed=1)[0])
+    assert rows[FULL, None].value == 0.5
+    assert {rows[key, N].value for key in (ORACLE, *POLICIES)} == {0.5}
+    # With every answer found the row is finished, before all tokens are written.
+    rows = by_row(make_sweep(model).run(make_sample((text[:3],)), seed=1)[0])
+    assert (rows[FULL, None].value, rows[FULL, None].n_tokens) == (1.0, 3)
+
+
+def test_a_seed_changes_random_only(make_model: MakeModel) -> None:
+    sweep = make_sweep(make_model("llama"))
+    one, other = (by_row(sweep.run(make_sample(), seed=seed)[0]) for seed in (1, 2))
+    changed = {key.policy for key, budget in one if one[key, budget] != other[key, budget]}
+    assert changed == {"random"}
+
+
+def test_a_budget_above_the_cache_is_one_sentence(make_model: MakeModel) -> None:
+    with pytest.raises(
+        PipelineError, match=r"evaluation\.budgets: 202 is larger than the cache of sample s, 201 tokens"
+    ):
+        make_sweep(make_model("llama"), (24, N + 1)).run(make_sample(), seed=1)
+
+
+def test_a_prompt_too_short_for_the_baselines_is_one_sentence(make_model: MakeModel) -> None:
+    short = dataclasses.replace(make_sample(), prompt_len=129)  # half of the cache: 64 tokens, SnapKV's window
+    with pytest.raises(PipelineError, match=r"Sample s has a prompt of 129 tokens; .* use longer samples"):
+        make_sweep(make_model("llama"), (24,)).run(short, seed=1)
+    assert make_sweep(make_model("llama"), (24,)).run(dataclasses.replace(short, prompt_len=161), seed=1)
+
+
+def test_hooks_are_gone_after_a_sweep(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    before = [len(module._forward_hooks) for module in model.modules()]
+    make_sweep(model).run(make_sample(), seed=1)
+    assert [len(module._forward_hooks) for module in model.modules()] == before
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_costs_are_sums_of_evicted_importance_and_the_oracles_are_the_least() -> None:
+    generator = torch.Generator().manual_seed(0)
+    importance = torch.rand(2, 3, 40, generator=generator)
+    scores = {ORACLE: importance, PolicyKey("random"): torch.rand(2, 3, 40, generator=generator)}
+    oracle, random = ranking_costs(importance, scores)
+    assert torch.equal(oracle.cost, oracle.optimal)
+    assert torch.equal(oracle.total, oracle.optimal_total)
+    assert (random.cost > random.optimal).all()
+    assert (random.total > random.optimal_total).all()
+    assert random.budgets.tolist() == [40 * k // COST_GRID for k in range(1, COST_GRID)]
+    for layer in range(2):
+        for head in range(3):
+            order = sorted(range(40), key=lambda token: -random_score(scores, layer, head, token))
+            lost = [sum(float(importance[layer, head, token]) for token in order[budget:]) for budget in range(1, 40)]
+            assert random.total[layer, head].item() == pytest.approx(sum(lost), rel=1e-5)
+            for point, budget in enumerate(random.budgets.tolist()):
+                assert random.cost[layer, head, point].item() == pytest.approx(lost[budget - 1], rel=1e-5)
+
+
+def random_score(scores: dict[PolicyKey, Tensor], layer: int, head: int, token: int) -> float:
+    return float(scores[PolicyKey("random")][layer, head, token])

@@ -1,0 +1,76 @@
+"""A trained policy used through kvpress keeps what the sweep keeps."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.errors import PipelineError
+from pipeline.eviction.budget import kept_tokens, protected_ranking
+from pipeline.eviction.press import KVPPress
+from pipeline.params import AgentParams
+from pipeline.policy.agents import Policy, PolicyShape, save_policy
+from tests.conftest import MakeModel
+from tests.eviction.prefills import PROMPT, compressed, layer_caches, token_indices
+
+AGENT = AgentParams(hidden_width=8, hidden_layers=2, position_features=("position", "age"))
+
+
+def saved(directory: Path, layers: int = 3, kv_heads: int = 2, head_dim: int = 16) -> Path:
+    policy = Policy(PolicyShape(layers, kv_heads, head_dim, AGENT), torch.Generator().manual_seed(1))
+    save_policy(directory, policy, {"model": "tiny"})
+    return directory
+
+
+@pytest.mark.parametrize("protected", [(0, 0), (4, 16)])
+@pytest.mark.parametrize("ratio", [0.5, 0.9])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_the_press_keeps_what_the_policy_ranks_first(
+    family: str, ratio: float, protected: tuple[int, int], make_model: MakeModel, tmp_path: Path
+) -> None:
+    model = make_model(family)
+    press = KVPPress(ratio, saved(tmp_path), *protected)
+    cache = compressed(model, PROMPT, press)
+    heads = set()
+    for index, (theirs, layer) in enumerate(zip(cache.layers, layer_caches(model, PROMPT), strict=True)):
+        with torch.no_grad():
+            scores = press.policy(layer.keys[0], layer.values[0], layer=index)
+        ours = kept_tokens(protected_ranking(scores, *protected), theirs.keys.shape[2])
+        kept = token_indices(theirs.keys[0], layer.keys[0])
+        assert torch.equal(kept, ours)
+        heads |= {tuple(head) for head in kept.tolist()}
+    assert len(heads) == 6  # every head keeps its own tokens
+
+
+def test_the_first_4_and_last_16_are_kept_by_default(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model("llama")
+    cache = compressed(model, PROMPT, KVPPress(0.9, saved(tmp_path)))
+    protected = {*range(4), *range(len(PROMPT) - 16, len(PROMPT))}
+    for theirs, layer in zip(cache.layers, layer_caches(model, PROMPT), strict=True):
+        for kept in token_indices(theirs.keys[0], layer.keys[0]).tolist():
+            assert protected < set(kept)
+
+
+def test_every_sequence_of_a_batch_is_ranked_by_itself(make_model: MakeModel, tmp_path: Path) -> None:
+    press = KVPPress(0.5, saved(tmp_path))
+    layer = layer_caches(make_model("llama"), PROMPT)[1]
+    flipped = layer.keys.flip(1)
+    both = press.score(
+        layer.module, layer.hidden_states, torch.cat([layer.keys, flipped]), torch.cat([layer.values] * 2), None, {}
+    )
+    alone = press.score(layer.module, layer.hidden_states, flipped, layer.values, None, {})
+    assert both.shape == (2, 2, len(PROMPT))
+    torch.testing.assert_close(both[1], alone[0])
+
+
+@pytest.mark.parametrize("other", [{"layers": 2}, {"kv_heads": 3}, {"head_dim": 8}], ids=str)
+def test_a_model_of_another_shape_is_refused(other: dict[str, int], make_model: MakeModel, tmp_path: Path) -> None:
+    press, model = KVPPress(0.5, saved(tmp_path / "policy", **other)), make_model("llama")
+    with pytest.raises(PipelineError, match=r"policy ranks .* but the model has .*; train a policy for") as caught:
+        compressed(model, PROMPT, press)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_directory_without_a_policy_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="holds no readable policy"):
+        KVPPress(0.5, tmp_path)

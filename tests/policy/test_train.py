@@ -1,0 +1,154 @@
+"""Training: the published schedule, per-agent clipping, learning, and resuming to the same bytes."""
+
+import math
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+from pipeline.errors import PipelineError
+from pipeline.params import AgentParams, TrainParams
+from pipeline.policy import train
+from pipeline.policy.agents import Policy, PolicyShape, load_policy
+from pipeline.policy.train import clip_gradients, describe, learning_rate, train_policy, validation_cost
+from pipeline.traces.capture import LayerTrace
+from pipeline.traces.shards import TraceReader, TraceShape, write_manifest, write_shard
+
+SHAPE = TraceShape("tiny", "corpus", layers=2, kv_heads=2, head_dim=4, block_size=8)
+PARAMS = TrainParams(
+    agent=AgentParams(hidden_width=16, hidden_layers=2, position_features=("position",)),
+    steps=150,
+    learning_rate=1e-2,
+    final_learning_rate=1e-4,
+    warmup_steps=5,
+    warmup_factor=0.01,
+    gradient_clip=5.0,
+    weight_decay=0.01,
+    rloo_samples=8,
+    validate_every=20,
+    checkpoint_every=10,
+    seed=3,
+)
+
+
+@pytest.fixture
+def traces(tmp_path: Path) -> Path:
+    """Traces whose importance is a function of the first key channel, so that it can be learnt."""
+    root = tmp_path / "traces"
+    generator = torch.Generator().manual_seed(0)
+
+    def sequence(tokens: int) -> list[LayerTrace]:
+        layers = []
+        for _ in range(SHAPE.layers):
+            keys = torch.randn(2, tokens, 4, generator=generator)
+            blocks = -(-tokens // SHAPE.block_size)
+            record = torch.exp(2 * keys[..., :1]).expand(2, tokens, blocks)
+            layers.append(LayerTrace(keys, torch.randn(2, tokens, 4, generator=generator), record))
+        return layers
+
+    write_shard(root, "train", 0, SHAPE, [(index, f"t{index}", sequence(40 + index)) for index in range(6)])
+    write_shard(root, "validation", 0, SHAPE, [(index, f"v{index}", sequence(50)) for index in range(3)])
+    write_manifest(root, SHAPE, {"train": 1, "validation": 1})
+    return root
+
+
+def run(traces: Path, work: Path, estimator: train.Estimator, params: TrainParams = PARAMS, stop_after: int = 0) -> int:
+    """Train; returns the steps taken in this call. ``stop_after`` interrupts like Ctrl-C."""
+    work.mkdir(exist_ok=True)
+    reader, validation = TraceReader(traces, "train", 1 << 20), TraceReader(traces, "validation", 1 << 20)
+    taken = [-1]  # the first call reports the steps found done
+
+    def advance(count: int, status: str) -> None:
+        taken[0] += 1
+        if stop_after and taken[0] == stop_after:
+            raise KeyboardInterrupt
+
+    train_policy(work, reader, validation, estimator, params, describe(params, reader, estimator), "cpu", advance)
+    return taken[0]
+
+
+def test_learning_rate_is_the_published_schedule() -> None:
+    params = PARAMS.model_copy(
+        update={"learning_rate": 5e-5, "final_learning_rate": 1e-6, "warmup_steps": 100, "steps": 4000}
+    )
+    assert learning_rate(0, params) == pytest.approx(5e-7)
+    assert learning_rate(50, params) == pytest.approx(5e-5 * (0.01 + 0.99 * 0.5))
+    assert learning_rate(100, params) == pytest.approx(5e-5)
+    assert learning_rate(2050, params) == pytest.approx((5e-5 + 1e-6) / 2)
+    assert learning_rate(4000, params) == pytest.approx(1e-6)
+
+
+def test_gradients_are_clipped_per_agent() -> None:
+    policy = Policy(PolicyShape(2, 2, 4, PARAMS.agent), torch.Generator().manual_seed(0))
+    scale = torch.tensor([0.01, 1.0, 100.0, 0.0])
+    for parameter in policy.parameters():
+        parameter.grad = torch.ones_like(parameter) * scale[:, None, None]
+    size = math.sqrt(policy.shape.parameters_per_agent)
+    norms = clip_gradients(policy, 5.0)
+    torch.testing.assert_close(norms, scale * size)
+    for head, factor in enumerate(scale.tolist()):
+        clipped = math.sqrt(sum(float(p.grad[head].square().sum()) for p in policy.parameters() if p.grad is not None))
+        assert clipped == pytest.approx(min(5.0, factor * size), rel=1e-4)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "rloo"])
+def test_training_lowers_the_held_out_cost(traces: Path, tmp_path: Path, estimator: train.Estimator) -> None:
+    run(traces, tmp_path / "work", estimator)
+    curves = pl.read_parquet(tmp_path / "work" / "curves.parquet").filter(pl.col("metric") == "validation_cost")
+    cost = curves.group_by("step").agg(pl.col("value").mean()).sort("step")["value"].to_list()
+    # Random ranking against the best order of log-normal importances: far above 1 before, near 1 after.
+    assert cost[0] > 1.3
+    assert cost[-1] < 1.1
+    policy, _ = load_policy(tmp_path / "work", "tiny")
+    final = validation_cost(policy, TraceReader(traces, "validation", 0), "cpu")
+    last = curves.filter(pl.col("step") == PARAMS.steps - 1).sort("layer", "kv_head")["value"].to_list()
+    assert final.tolist() == pytest.approx(last, rel=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "rloo"])
+def test_an_interrupted_training_resumes_and_ends_with_the_same_bytes(
+    traces: Path, tmp_path: Path, estimator: train.Estimator
+) -> None:
+    run(traces, tmp_path / "whole", estimator)
+    with pytest.raises(KeyboardInterrupt):
+        run(traces, tmp_path / "resumed", estimator, stop_after=37)
+    assert not (tmp_path / "resumed" / "policy.safetensors").exists()
+    assert run(traces, tmp_path / "resumed", estimator) == PARAMS.steps - 30  # lost: steps 30 to 36
+    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "resumed").iterdir())
+    for name in files:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes(), name
+
+
+def test_seeds_make_a_difference(traces: Path, tmp_path: Path) -> None:
+    run(traces, tmp_path / "a", "exact")
+    run(traces, tmp_path / "b", "exact", PARAMS.model_copy(update={"seed": 4}))
+    assert (tmp_path / "a" / "policy.safetensors").read_bytes() != (tmp_path / "b" / "policy.safetensors").read_bytes()
+
+
+def test_a_damaged_checkpoint_is_named(traces: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(traces, tmp_path / "work", "exact", stop_after=25)
+    checkpoint = tmp_path / "work" / "checkpoint.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(PipelineError, match=r"checkpoint\.safetensors is damaged .*delete it"):
+        run(traces, tmp_path / "work", "exact")
+
+
+def test_sequences_shorter_than_a_block_are_refused(tmp_path: Path) -> None:
+    short = [LayerTrace(torch.randn(2, 8, 4), torch.randn(2, 8, 4), torch.rand(2, 8, 1)) for _ in range(2)]
+    for split in ("train", "validation"):
+        write_shard(tmp_path / "traces", split, 0, SHAPE, [(0, "short", short)])
+    write_manifest(tmp_path / "traces", SHAPE, {"train": 1, "validation": 1})
+    with pytest.raises(PipelineError, match=r"sample short has 8 tokens, not more than traces\.block_size = 8"):
+        run(tmp_path / "traces", tmp_path / "work", "exact")
+
+
+def test_normalisation_statistics_are_those_of_the_training_data(traces: Path, tmp_path: Path) -> None:
+    run(traces, tmp_path / "work", "exact", PARAMS.model_copy(update={"steps": 1}))
+    policy, _ = load_policy(tmp_path / "work")
+    reader = TraceReader(traces, "train", 0)
+    states = torch.cat([torch.cat(reader.read(index)[:2], -1) for index in range(6)], dim=1).double()
+    torch.testing.assert_close(policy.mean[:, 0].double(), states.mean(1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(policy.std[:, 0].double(), states.std(1, correction=0), rtol=1e-4, atol=1e-5)

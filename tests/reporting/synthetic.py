@@ -1,0 +1,192 @@
+"""Made-up results in the files of a real run, of any size. Nothing here resembles a measurement."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from pipeline.params import RULER_TASKS, Params, load_params
+
+REPOSITORY = Path(__file__).parents[2]
+MODEL = "smollm2-135m"
+CORPORA = ("ruler", "dialogues")
+# Larger is better: how well each policy does in this made-up world.
+SKILL = {
+    ("oracle", None): 3.0,
+    ("kvp-exact", "ruler"): 2.0,
+    ("kvp-exact", "dialogues"): 1.6,
+    ("kvp-rloo", "ruler"): 1.8,
+    ("kvp-rloo", "dialogues"): 1.4,
+    ("lagkv", None): 0.6,
+    ("keydiff", None): 0.8,
+    ("knorm", None): 0.9,
+    ("streaming-llm", None): 0.5,
+    ("random", None): 0.1,
+    ("snapkv", None): 1.7,
+    ("tova", None): 1.2,
+}
+POLICY_SCHEMA = {"policy": pl.String, "trained_on": pl.String}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much to make up."""
+
+    layers: int = 3
+    kv_heads: int = 2
+    per_task: int = 2
+    dialogues: int = 6
+    steps: int = 60
+
+
+FULL_SIZE = Size(layers=30, kv_heads=3, per_task=3, dialogues=30, steps=300)
+
+
+def write_results(root: Path, size: Size = Size(), seed: int = 0) -> Params:
+    """Fill ``root`` with params.yaml, evaluations, policies and samples; returns the params."""
+    shutil.copy(REPOSITORY / "params.yaml", root / "params.yaml")
+    params = load_params(root / "params.yaml")
+    generator = np.random.default_rng(seed)
+    for corpus in CORPORA:
+        samples = make_samples(corpus, size, generator)
+        _write(samples, root / "samples" / MODEL / corpus / "test.parquet")
+        source = {"uri": params.corpora[corpus].source.uri, "licence": params.corpora[corpus].source.licence}
+        (root / "samples" / MODEL / corpus / "source.json").write_text(json.dumps(source))
+        directory = root / "evaluations" / MODEL / corpus
+        _write(make_evaluation(corpus, samples, params.evaluation.budgets, generator), directory / "evaluation.parquet")
+        _write(make_cost(corpus, samples, size, generator), directory / "cost.parquet")
+        for estimator in ("exact", "rloo"):
+            write_policy(root / "policies" / MODEL / corpus / estimator, size, params, generator)
+    (root / "models" / MODEL).mkdir(parents=True)
+    (root / "models" / MODEL / "source.json").write_text(json.dumps({"licence": "Apache-2.0"}))
+    return params
+
+
+def make_samples(corpus: str, size: Size, generator: np.random.Generator) -> pl.DataFrame:
+    """sample_id, task, prompt_len."""
+    names = RULER_TASKS if corpus == "ruler" else ("dialogues",)
+    count = size.per_task if corpus == "ruler" else size.dialogues
+    tasks = [task for task in names for _ in range(count)]
+    return pl.DataFrame(
+        {
+            "sample_id": [f"{corpus}-{i:04d}" for i in range(len(tasks))],
+            "task": tasks,
+            "prompt_len": generator.integers(700, 1000, len(tasks)),
+        }
+    )
+
+
+def make_evaluation(
+    corpus: str, samples: pl.DataFrame, budgets: tuple[int, ...], generator: np.random.Generator
+) -> pl.DataFrame:
+    """A long table as the evaluate stage writes it."""
+    columns = [(policy, trained_on, budget) for policy, trained_on in SKILL for budget in budgets]
+    hardness = generator.normal(0, 0.7, samples.height)
+    rows = []
+    for policy, trained_on, budget in [("full", None, None), *columns]:
+        skill = 3.5 if budget is None else SKILL[policy, trained_on] * (budget / 512) ** 0.5
+        noise = generator.normal(0, 0.3, samples.height)
+        if corpus == "ruler":
+            value = (1 / (1 + np.exp(-3 * (skill - 1 - hardness + noise)))).round(1)
+        else:
+            value = 2.5 + 1.5 * np.exp(-skill) + 0.3 * hardness + 0.1 * noise
+        rows.append(
+            samples.select(
+                pl.lit(MODEL).alias("model"),
+                pl.lit(policy).alias("policy"),
+                pl.lit(trained_on, dtype=pl.String).alias("trained_on"),
+                pl.lit(corpus).alias("benchmark"),
+                "task",
+                "sample_id",
+                pl.lit(budget, dtype=pl.Int32).alias("budget"),
+                pl.lit("string_match" if corpus == "ruler" else "nll").alias("metric"),
+                pl.Series("value", value),
+                (pl.col("prompt_len") % 60 + 5).cast(pl.Int32).alias("n_tokens"),
+            )
+        )
+    return pl.concat(rows)
+
+
+def make_cost(corpus: str, samples: pl.DataFrame, size: Size, generator: np.random.Generator) -> pl.DataFrame:
+    """Costs that fall with the budget and with skill, over two cache sizes per sample."""
+    policies = pl.DataFrame(
+        [(*pair, skill) for pair, skill in SKILL.items()], schema=POLICY_SCHEMA | {"skill": pl.Float64}, orient="row"
+    )
+    caches = samples.select(
+        "sample_id", pl.concat_list(pl.col("prompt_len") // 2, "prompt_len").cast(pl.List(pl.Int32)).alias("cache_size")
+    ).explode("cache_size")
+    heads = pl.DataFrame({"layer": range(size.layers)}, schema={"layer": pl.Int32}).join(
+        pl.DataFrame({"kv_head": range(size.kv_heads)}, schema={"kv_head": pl.Int32}), how="cross"
+    )
+    steps = pl.DataFrame({"step": [None, *range(1, 16)]}, schema={"step": pl.Int32})
+    frame = policies.join(caches, how="cross").join(heads, how="cross").join(steps, how="cross")
+    left = 1 - pl.col("step") / 16
+    total = pl.col("cache_size") * 3.0
+    noise = pl.Series("noise", generator.lognormal(0, 0.05, frame.height))
+    excess = 1 + (3.0 - pl.col("skill")) * noise * (1 + pl.col("layer") / 30)
+    return frame.select(
+        pl.lit(MODEL).alias("model"),
+        "policy",
+        "trained_on",
+        pl.lit(corpus).alias("corpus"),
+        "sample_id",
+        "layer",
+        "kv_head",
+        "cache_size",
+        (pl.col("step") * pl.col("cache_size") / 16).round().cast(pl.Int32).alias("budget"),
+        (pl.when(pl.col("step").is_null()).then(total).otherwise(left / (1 + 9 * (1 - left)) * 20.0) * excess).alias(
+            "cost"
+        ),
+        pl.when(pl.col("step").is_null())
+        .then(total)
+        .otherwise(left / (1 + 9 * (1 - left)) * 20.0)
+        .alias("optimal_cost"),
+    )
+
+
+def write_policy(directory: Path, size: Size, params: Params, generator: np.random.Generator) -> None:
+    """A policy directory as the train stage leaves it, without real weights."""
+    directory.mkdir(parents=True)
+    corpus, estimator = directory.parts[-2:]
+    config = {
+        "model": MODEL,
+        "corpus": corpus,
+        "estimator": estimator,
+        "layers": size.layers,
+        "kv_heads": size.kv_heads,
+        "head_dim": 64,
+        "parameters_per_agent": 99_585,
+        "params": params.train.model_dump(mode="json"),
+        "fingerprint": f"{corpus}{estimator}".encode().hex(),
+        "trace_fingerprint": corpus.encode().hex(),
+    }
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "policy.safetensors").write_bytes(b"\0" * 64)
+    (directory / "README.md").write_text(f"# KVP, trained on {corpus} with {estimator}\n")
+    rate = 0.03 if estimator == "exact" else 0.012
+    step, layer, kv_head = (
+        axis.ravel()
+        for axis in np.meshgrid(np.arange(size.steps), np.arange(size.layers), np.arange(size.kv_heads), indexing="ij")
+    )
+    noise = generator.lognormal(0, 0.05, len(step))
+    frames = []
+    for metric, value, keep in (
+        ("loss", (2 + 3 * np.exp(-rate * step)) * noise, step >= 0),
+        ("gradient_norm", 4 * np.exp(-rate * step) * noise, step >= 0),
+        ("validation_cost", 1.9 + 0.02 * layer + 3 * np.exp(-rate * step), (step + 1) % 20 == 0),
+    ):
+        columns = {"step": step[keep], "layer": layer[keep], "kv_head": kv_head[keep]}
+        frames.append(
+            pl.DataFrame(columns, schema=dict.fromkeys(columns, pl.Int32)).with_columns(
+                pl.lit(metric).alias("metric"), pl.Series("value", value[keep], dtype=pl.Float32)
+            )
+        )
+    _write(pl.concat(frames), directory / "curves.parquet")
+
+
+def _write(frame: pl.DataFrame, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame.write_parquet(path)

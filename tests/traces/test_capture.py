@@ -1,0 +1,105 @@
+"""Captured attention against a float64 reference and against transformers' own attention."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+from pipeline.errors import PipelineError
+from pipeline.traces.capture import Recorder, capture_attention, capture_sequence, run_captured
+from tests.conftest import FAMILIES, MakeModel
+
+
+class Module(torch.nn.Module):
+    layer_idx = 0
+
+
+def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, block: int):
+    """Output and record by literal loops over heads, in float64."""
+    heads, q_len, head_dim = query.shape
+    kv_heads, tokens, _ = key.shape
+    groups, offset = heads // kv_heads, tokens - q_len
+    output = torch.zeros(q_len, heads, head_dim, dtype=torch.float64)
+    record = torch.zeros(kv_heads, tokens, -(-tokens // block), dtype=torch.float64)
+    for kv_head in range(kv_heads):
+        for row in range(q_len):
+            position = offset + row
+            strongest = torch.zeros(tokens, dtype=torch.float64)
+            for head in range(kv_head * groups, (kv_head + 1) * groups):
+                logits = key[kv_head, : position + 1].double() @ query[head, row].double() * scaling
+                weights = torch.softmax(logits, -1)
+                output[row, head] = weights @ value[kv_head, : position + 1].double()
+                strongest[: position + 1] = torch.maximum(strongest[: position + 1], weights)
+            record[kv_head, :, position // block] += strongest
+    return output, record
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 4),
+    past=st.integers(0, 37),
+    q_len=st.integers(1, 45),
+    block=st.integers(1, 9),
+    chunk_blocks=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+)
+def test_output_and_record_equal_the_reference(
+    kv_heads: int, groups: int, past: int, q_len: int, block: int, chunk_blocks: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = past + q_len
+    query = torch.randn(1, kv_heads * groups, q_len, 8, generator=generator) * 2
+    key, value = (torch.randn(1, kv_heads, tokens, 8, generator=generator) * 2 for _ in range(2))
+    recorder = Recorder(block, block * chunk_blocks)
+    output, _ = capture_attention(Module(), query, key, value, None, scaling=0.35, recorder=recorder)
+    expected_output, expected_record = reference(query[0], key[0], value[0], 0.35, block)
+    torch.testing.assert_close(output[0].double(), expected_output, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(recorder.records[0].double(), expected_record, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_capture_equals_output_attentions(family: str, make_model: MakeModel) -> None:
+    model = make_model(family)
+    ids = torch.arange(70) * 31 % 128
+    traces = capture_sequence(model, ids, block_size=16, query_chunk=32)
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        attentions = model(ids[None], output_attentions=True, past_key_values=cache).attentions
+    model.set_attn_implementation(implementation)
+    kv_heads = model.config.num_key_value_heads
+    for layer, (trace, attention) in enumerate(zip(traces, attentions, strict=True)):
+        grouped = attention[0].view(kv_heads, -1, 70, 70).amax(1)  # (kv_heads, queries, keys)
+        blocks = torch.stack([rows.sum(1) for rows in grouped.split(16, dim=1)], dim=-1)
+        torch.testing.assert_close(trace.record, blocks, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(trace.keys, cache.layers[layer].keys[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(trace.values, cache.layers[layer].values[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_continuation_sees_the_cache(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    ids = torch.arange(50) * 17 % 128
+    whole = run_captured(model, ids, DynamicCache(config=model.config), 8, 16)
+    cache = DynamicCache(config=model.config)
+    first = run_captured(model, ids[:30], cache, 8, 16)
+    second = run_captured(model, ids[30:], cache, 8, 16)
+    for complete, early, late in zip(whole, first, second, strict=True):
+        together = late.clone()
+        together[:, :30, :4] += early
+        torch.testing.assert_close(together, complete, rtol=1e-4, atol=1e-5)
+
+
+def test_the_attention_implementation_is_restored(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    before = model.config._attn_implementation
+    capture_sequence(model, torch.arange(20), 8, 8)
+    assert model.config._attn_implementation == before
+
+
+def test_batches_are_refused() -> None:
+    query, key = torch.randn(2, 2, 3, 4), torch.randn(2, 1, 3, 4)
+    with pytest.raises(PipelineError, match="one sequence at a time"):
+        capture_attention(Module(), query, key, key, None, scaling=1.0, recorder=Recorder(2, 2))

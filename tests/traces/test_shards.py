@@ -1,0 +1,155 @@
+"""Shards: what is written is read back, in the same bytes, or refused with one sentence."""
+
+import errno
+import json
+from pathlib import Path
+
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline.errors import PipelineError
+from pipeline.traces import shards
+from pipeline.traces.capture import LayerTrace
+from pipeline.traces.shards import TraceReader, TraceShape, is_committed, write_manifest, write_shard
+
+SHAPE = TraceShape("tiny", "corpus", layers=2, kv_heads=3, head_dim=4, block_size=8)
+
+
+def random_traces(tokens: int, seed: int, scale: float = 1.0) -> list[LayerTrace]:
+    generator = torch.Generator().manual_seed(seed)
+    blocks = -(-tokens // SHAPE.block_size)
+    return [
+        LayerTrace(
+            torch.randn(3, tokens, 4, generator=generator) * scale,
+            torch.randn(3, tokens, 4, generator=generator),
+            torch.rand(3, tokens, blocks, generator=generator),
+        )
+        for _ in range(SHAPE.layers)
+    ]
+
+
+def write(root: Path) -> list[list[LayerTrace]]:
+    sequences = [random_traces(tokens, seed) for seed, tokens in enumerate((20, 33, 17))]
+    write_shard(root, "train", 0, SHAPE, [(0, "a", sequences[0]), (1, "b", sequences[1])])
+    write_shard(root, "train", 1, SHAPE, [(2, "c", sequences[2])])
+    write_manifest(root, SHAPE, {"train": 2})
+    return sequences
+
+
+def test_reading_returns_what_was_written(tmp_path: Path) -> None:
+    sequences = write(tmp_path)
+    reader = TraceReader(tmp_path, "train", cache_bytes=0)
+    assert [sequence.tokens for sequence in reader.sequences] == [20, 33, 17]
+    for index, traces in enumerate(sequences):
+        keys, values, record = reader.read(index)
+        assert keys.shape == (6, traces[0].keys.shape[1], 4)
+        for layer, trace in enumerate(traces):
+            heads = slice(layer * 3, layer * 3 + 3)
+            torch.testing.assert_close(keys[heads], trace.keys.half(), rtol=0, atol=0)
+            torch.testing.assert_close(values[heads], trace.values.half(), rtol=0, atol=0)
+            cut = trace.keys.shape[1] // 8 * 8
+            for cache_size in range(8, cut + 1, 8):
+                torch.testing.assert_close(
+                    record[heads, :cache_size, cache_size // 8 :],
+                    trace.record[:, :cache_size, cache_size // 8 :].half(),
+                    rtol=0,
+                    atol=0,
+                )
+
+
+def test_polars_reads_one_head_lazily(tmp_path: Path) -> None:
+    sequences = write(tmp_path)
+    frame = (
+        pl.scan_parquet(tmp_path / "train" / "layer=01" / "*.parquet", hive_partitioning=False)
+        .filter((pl.col("sequence") == 1) & (pl.col("kv_head") == 2))
+        .select("position", "key")
+        .collect()
+    )
+    assert frame["position"].to_list() == list(range(33))
+    torch.testing.assert_close(torch.tensor(frame["key"].to_list()), sequences[1][1].keys[2].half().float())
+
+
+def test_one_row_group_per_sequence_and_head(tmp_path: Path) -> None:
+    write(tmp_path)
+    file = pq.ParquetFile(tmp_path / "train" / "layer=00" / "shard-00000.parquet")
+    assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [20] * 3 + [33] * 3
+
+
+def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        write(tmp_path / name)
+    for file in sorted((tmp_path / "first").rglob("*.*")):
+        assert file.read_bytes() == (tmp_path / "second" / file.relative_to(tmp_path / "first")).read_bytes()
+
+
+def test_memory_is_bounded(tmp_path: Path) -> None:
+    write(tmp_path)
+    reader = TraceReader(tmp_path, "train", cache_bytes=1)
+    for index in range(3):
+        reader.read(index)
+        assert len(reader._memory) == 1
+
+
+def test_an_interrupted_shard_leaves_no_marker_and_no_files(tmp_path: Path) -> None:
+    def interrupted():
+        yield 0, "a", random_traces(20, 0)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(tmp_path, "train", 0, SHAPE, interrupted())
+    assert not is_committed(tmp_path, "train", 0)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"Sample big, layer 0: a key is outside the range of float16"):
+        write_shard(tmp_path, "train", 0, SHAPE, [(0, "big", random_traces(20, 0, scale=1e6))])
+    assert not is_committed(tmp_path, "train", 0)
+
+
+def test_a_full_disk_gives_one_sentence_and_nothing_half_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = shards._open_writer
+
+    class FullDisk:
+        def __init__(self, *arguments: object) -> None:
+            self.writer = real(*arguments)  # type: ignore[arg-type]
+
+        def write_table(self, *arguments: object, **options: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None:
+            self.writer.close()
+
+    monkeypatch.setattr(shards, "_open_writer", FullDisk)
+    with pytest.raises(PipelineError, match=r"No space is left on the disk while writing .*train"):
+        write_shard(tmp_path, "train", 0, SHAPE, [(0, "a", random_traces(20, 0))])
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove"])
+def test_a_damaged_shard_is_named(tmp_path: Path, damage: str) -> None:
+    write(tmp_path)
+    path = tmp_path / "train" / "layer=01" / "shard-00000.parquet"
+    content = bytearray(path.read_bytes())
+    if damage == "truncate":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "flip":
+        content[len(content) // 3] ^= 1
+        path.write_bytes(content)
+    else:
+        path.unlink()
+    reader = TraceReader(tmp_path, "train", cache_bytes=0)
+    with pytest.raises(PipelineError, match=r"layer=01/shard-00000\.parquet .*run the traces stage again"):
+        reader.read(0)
+
+
+def test_a_missing_or_broken_manifest_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"manifest\.json cannot be read"):
+        TraceReader(tmp_path, "train", 0)
+    (tmp_path / "manifest.json").write_text(json.dumps({"shape": {}}))
+    with pytest.raises(PipelineError, match=r"manifest\.json cannot be read"):
+        TraceReader(tmp_path, "train", 0)
