@@ -8,7 +8,7 @@ must not change the identity of a result.
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -33,6 +33,15 @@ RULER_TASKS = (
 PositiveInt = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _ascending(budgets: tuple[int, ...]) -> tuple[int, ...]:
+    if list(budgets) != sorted(set(budgets)):
+        raise ValueError("budgets must be distinct and ascending")
+    return budgets
+
+
+Budgets = Annotated[tuple[PositiveInt, ...], Field(min_length=1), AfterValidator(_ascending)]
 
 
 class _Section(BaseModel):
@@ -69,6 +78,9 @@ class MatrixParams(_Section):
 
     model: Annotated[tuple[Name, ...], Field(min_length=1)]
     corpus: Annotated[tuple[Name, ...], Field(min_length=1)]
+    """What policies are trained on."""
+    benchmark: Annotated[tuple[Name, ...], Field(min_length=1)]
+    """What they are evaluated on; the training corpora (their test split) among them."""
     estimator: Annotated[tuple[Literal["exact", "rloo"], ...], Field(min_length=1)]
 
 
@@ -85,6 +97,12 @@ class SplitSizes(_Section):
 
     train: PositiveInt
     validation: PositiveInt
+    test: PositiveInt
+
+
+class TestSize(_Section):
+    """Samples of a corpus that is only evaluated; per task where it has several."""
+
     test: PositiveInt
 
 
@@ -126,7 +144,56 @@ class DialoguesParams(_Section):
     stands_in_for: str | None = None
 
 
-CorpusParams = Annotated[RulerParams | DialoguesParams, Field(discriminator="kind")]
+class OasstParams(_Section):
+    """OpenAssistant's English threads, composed to dialogues of ``length`` tokens (``pipeline/corpora/oasst.py``)."""
+
+    kind: Literal["oasst"]
+    source: SourceParams
+    length: PositiveInt
+    max_reply_tokens: PositiveInt
+    samples: SplitSizes
+    seed: int
+    stands_in_for: str | None = None
+
+
+class ChoiceParams(_Section):
+    """Multiple choice with the harness's prompts, for evaluation only (``pipeline/corpora/choice.py``).
+
+    ``late_question`` puts the question behind the compressed context; ``budgets`` replaces those of the
+    evaluation section, because these contexts are short. A context shorter than a budget stays whole.
+    """
+
+    kind: Literal["choice"]
+    task: Literal["boolq", "arc_challenge", "mmlu", "hellaswag"]
+    source: SourceParams
+    late_question: bool
+    budgets: Budgets
+    samples: TestSize
+    seed: int
+    stands_in_for: str | None = None
+
+
+class LongBenchParams(_Section):
+    """LongBench's English tasks, for evaluation only (``pipeline/corpora/longbench.py``).
+
+    Prompts longer than ``length`` tokens lose their middle, as in LongBench's own code.
+    """
+
+    kind: Literal["longbench"]
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    source: SourceParams
+    length: PositiveInt
+    late_question: bool
+    budgets: Budgets
+    samples: TestSize
+    seed: int
+    stands_in_for: str | None = None
+
+
+AnyCorpusParams = RulerParams | DialoguesParams | OasstParams | ChoiceParams | LongBenchParams
+CorpusParams = Annotated[AnyCorpusParams, Field(discriminator="kind")]
+TRAINABLE = ("ruler", "dialogues", "oasst")
+KINDS = (*TRAINABLE, "choice", "longbench")
 
 
 class TracesParams(_Section):
@@ -171,15 +238,13 @@ class TrainParams(_Section):
 class EvaluationParams(_Section):
     """The sweep. ``budgets`` are absolute token counts per head, the protected tokens included."""
 
-    budgets: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    budgets: Budgets
     n_sink: Annotated[int, Field(ge=0)]
     n_recent: PositiveInt
     seed: int
 
     @model_validator(mode="after")
     def _budgets_hold_the_protected(self) -> "EvaluationParams":
-        if list(self.budgets) != sorted(set(self.budgets)):
-            raise ValueError("budgets must be distinct and ascending")
         if self.budgets[0] < self.n_sink + self.n_recent:
             raise ValueError(
                 f"the smallest budget, {self.budgets[0]}, is below the {self.n_sink + self.n_recent} protected tokens"
@@ -217,7 +282,25 @@ class Params(_Section):
         for name in self.matrix.corpus:
             if name not in self.corpora:
                 raise ValueError(f"matrix.corpus names '{name}', which is not in corpora")
+            if self.corpora[name].kind not in TRAINABLE:
+                raise ValueError(f"matrix.corpus names '{name}', which is for evaluation only; name it in benchmark")
+            if name not in self.matrix.benchmark:
+                raise ValueError(f"matrix.benchmark lacks '{name}', which matrix.corpus trains on")
+        protected = self.evaluation.n_sink + self.evaluation.n_recent
+        for name in self.matrix.benchmark:
+            if name not in self.corpora:
+                raise ValueError(f"matrix.benchmark names '{name}', which is not in corpora")
+            if self.budgets(name)[0] < protected:
+                raise ValueError(
+                    f"corpora.{name}: the smallest budget, {self.budgets(name)[0]}, is below the {protected} protected "
+                    "tokens"
+                )
         return self
+
+    def budgets(self, corpus: str) -> tuple[int, ...]:
+        """The budgets that a corpus is evaluated at, in tokens."""
+        found = self.corpora[corpus]
+        return found.budgets if isinstance(found, ChoiceParams | LongBenchParams) else self.evaluation.budgets
 
 
 Entry = TypeVar("Entry")
@@ -265,7 +348,7 @@ def _lists_as_tuples(node: Any) -> Any:
 def _first_problem(error: ValidationError) -> str:
     problem = error.errors()[0]
     location = problem["loc"]
-    if location[:1] == ("corpora",) and location[2:3] in (("ruler",), ("dialogues",)):
+    if location[:1] == ("corpora",) and location[2:3] in {(kind,) for kind in KINDS}:
         # Pydantic adds the kind that chose the model of this corpus; the file has no such level.
         location = (*location[:2], *location[3:])
     key = ".".join(str(part) for part in location) or "the file"

@@ -242,6 +242,7 @@ def _compose(
         answers=(),
         max_new_tokens=0,
         meta=json.dumps({"row": dialogue.number, "passages": [index for index, _ in used]}, sort_keys=True),
+        metric="nll",
     )
 
 

@@ -495,6 +495,7 @@ def _sample(
         answers=tuple(row["outputs"]),
         max_new_tokens=min(params.max_new_tokens, task.tokens_to_generate),
         meta=json.dumps({"seed": row["seed"], "length": row["length"], "index": row["index"]}, sort_keys=True),
+        metric="string_match",
     )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,6 +25,9 @@ SCHEMA = pa.schema(
         ("question_start", pa.int32()),
         ("answers", pa.list_(pa.string())),
         ("max_new_tokens", pa.int32()),
+        ("metric", pa.string()),
+        ("choices", pa.list_(pa.list_(pa.int32()))),
+        ("gold", pa.int32()),
         ("meta", pa.string()),
     ]
 )
@@ -45,11 +48,18 @@ class Sample:
     prompt_len
         Tokens before the continuation, 1 <= prompt_len < len(input_ids).
     question_start
-        Where the late question begins, or None where the question is part of the compressed context.
+        Where the late question begins: the tokens before it are the compressed context. None where the
+        question is part of it.
     answers
-        Reference strings of the metric; empty where the metric is perplexity.
+        Reference strings of the metric, or the choices' texts; empty where the metric is perplexity.
     max_new_tokens
-        How many tokens may be generated; 0 where the metric is perplexity.
+        How many tokens may be generated; 0 where nothing is.
+    metric
+        The benchmark's official metric: ``nll`` for the true continuation, ``accuracy`` or ``accuracy_norm``
+        for a choice, one of ``pipeline/benchmarks/metrics.py`` for a generated text.
+    choices, gold
+        Token ids of each continuation to choose from, and which of them is right; empty and None where
+        nothing is chosen.
     meta
         JSON of whatever the corpus wants to keep.
     """
@@ -64,6 +74,14 @@ class Sample:
     answers: tuple[str, ...]
     max_new_tokens: int
     meta: str
+    metric: str
+    choices: tuple[tuple[int, ...], ...] = ()
+    gold: int | None = None
+
+    @property
+    def context_len(self) -> int:
+        """Tokens of the compressed context."""
+        return self.prompt_len if self.question_start is None else self.question_start
 
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
@@ -72,7 +90,7 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     Raises
     ------
     PipelineError
-        There are no samples, two share an id, or a continuation is empty.
+        There are no samples, two share an id, a continuation is empty or a question lies outside its prompt.
     """
     if not samples:
         raise PipelineError(f"{path}: the corpus has no samples; check its source and params.yaml (samples, length).")
@@ -83,6 +101,8 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
             raise PipelineError(
                 f"{path}: sample {sample.sample_id} has no tokens after its prompt; drop it or give an answer."
             )
+        if not 1 <= sample.context_len <= sample.prompt_len:
+            raise PipelineError(f"{path}: the question of sample {sample.sample_id} starts outside its prompt; fix it.")
     table = pa.Table.from_pylist([asdict(sample) for sample in samples], schema=SCHEMA)
     with atomic_write(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
@@ -99,4 +119,8 @@ def read_samples(path: Path) -> list[Sample]:
     if missing:
         raise PipelineError(f"{path} lacks the columns {', '.join(missing)}; run the samples stage again.")
     rows = table.select(names).to_pylist()
-    return [Sample(**row | {"input_ids": tuple(row["input_ids"]), "answers": tuple(row["answers"])}) for row in rows]
+    return [Sample(**{name: _as_tuples(value) for name, value in row.items()}) for row in rows]
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
