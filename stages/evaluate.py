@@ -11,13 +11,14 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
     from pipeline.evaluation.results import cost_table, evaluation_table, merge_parts, write_part
     from pipeline.evaluation.sweep import PolicyKey, Sweep
     from pipeline.models import load_model, load_tokenizer
-    from pipeline.params import entry, load_params
+    from pipeline.params import TRAINABLE, entry, load_params
     from pipeline.policy.agents import load_policy
     from pipeline.workdir import publish, work_directory
 
     check_device(device)
     params = load_params()
     dtype = entry(params.models, model, "models").dtype
+    kind, budgets = entry(params.corpora, corpus, "corpora").kind, params.budgets(corpus)
     weights, test = Path("models") / model, Path("samples") / model / corpus / "test.parquet"
     # Only what the matrix lists: a policy that was dropped from it may still lie on disk.
     directories = {
@@ -27,6 +28,7 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
     }
     identity = {
         "evaluation": params.evaluation.model_dump(mode="json"),
+        "budgets": budgets,
         "traces": params.traces.model_dump(mode="json"),
         "dtype": dtype,
     }
@@ -35,7 +37,13 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
     samples = read_samples(test)
     limit_threads()
     sweep = Sweep(
-        load_model(weights, dtype, device), load_tokenizer(weights), policies, params.evaluation, params.traces
+        load_model(weights, dtype, device),
+        load_tokenizer(weights),
+        policies,
+        params.evaluation,
+        params.traces,
+        budgets,
+        whole_if_shorter=kind not in TRAINABLE,
     )
     outputs = {
         name: [work / name / f"{index:05d}.parquet" for index in range(len(samples))] for name in ("cost", "evaluation")

@@ -30,7 +30,7 @@ def report(
     files = {
         (model, corpus): samples / model / corpus / "test.parquet"
         for model in params.matrix.model
-        for corpus in params.matrix.corpus
+        for corpus in params.matrix.benchmark
     }
     numbers = page.Numbers(
         scores=tables.score_table(evaluation, params.report),

@@ -38,6 +38,27 @@ def drop(dotted: str) -> Edit:
     return edit
 
 
+def both(*edits: Edit) -> Edit:
+    """One edit after the other."""
+
+    def edit(content: dict[str, Any]) -> None:
+        for one in edits:
+            one(content)
+
+    return edit
+
+
+CHOICE = {
+    "kind": "choice",
+    "task": "boolq",
+    "source": {"uri": "file:boolq.jsonl", "licence": "CC BY-SA 3.0"},
+    "late_question": True,
+    "budgets": [16, 32],
+    "samples": {"test": 2},
+    "seed": 0,
+}
+
+
 def edited(path: Path, edit: Edit) -> Path:
     content = YAML(typ="safe").load(PROFILE.read_text())
     edit(content)
@@ -68,8 +89,11 @@ MISTAKES = {
     ),
     "unknown dtype": (put("models.smollm2-135m.dtype", "float64"), "models.smollm2-135m.dtype: .*'float32'"),
     "unknown estimator": (put("matrix.estimator", ["ppo"]), r"matrix.estimator.0: .*\(got 'ppo'\)"),
-    "budgets descend": (put("evaluation.budgets", [128, 64]), "evaluation: budgets must be distinct and ascending"),
-    "budget twice": (put("evaluation.budgets", [64, 64]), "evaluation: budgets must be distinct and ascending"),
+    "budgets descend": (
+        put("evaluation.budgets", [128, 64]),
+        "evaluation.budgets: budgets must be distinct and ascending",
+    ),
+    "budget twice": (put("evaluation.budgets", [64, 64]), "evaluation.budgets: budgets must be distinct and ascending"),
     "budget below the protected": (
         put("evaluation.budgets", [19, 64]),
         "evaluation: the smallest budget, 19, is below the 20 protected tokens",
@@ -98,6 +122,26 @@ MISTAKES = {
     ),
     "model that is not there": (put("matrix.model", ["gpt-5"]), "matrix.model names 'gpt-5', which is not in models"),
     "corpus that is not there": (put("matrix.corpus", ["wiki"]), "matrix.corpus names 'wiki', which is not in corpora"),
+    "benchmark that is not there": (
+        put("matrix.benchmark", ["ruler", "dialogues", "wiki"]),
+        "matrix.benchmark names 'wiki', which is not in corpora",
+    ),
+    "training corpus that is not evaluated": (
+        put("matrix.benchmark", ["ruler"]),
+        "matrix.benchmark lacks 'dialogues', which matrix.corpus trains on",
+    ),
+    "training on what is for evaluation only": (
+        put("corpora.dialogues", CHOICE),
+        "matrix.corpus names 'dialogues', which is for evaluation only; name it in benchmark",
+    ),
+    "own budget below the protected": (
+        both(put("corpora.boolq", CHOICE), put("matrix.benchmark", ["ruler", "dialogues", "boolq"])),
+        "corpora.boolq: the smallest budget, 16, is below the 20 protected tokens",
+    ),
+    "own budgets descend": (
+        put("corpora.boolq", CHOICE | {"budgets": [32, 16]}),
+        "corpora.boolq.budgets: budgets must be distinct and ascending",
+    ),
     "name that leaves the folder": (put("profile", "../x"), "profile: "),
 }
 

@@ -3,14 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.corpora import dialogues, ruler
+from pipeline.corpora import choice, dialogues, longbench, oasst, ruler
 from pipeline.corpora.samples import Sample, Split
-from pipeline.params import DialoguesParams, RulerParams
+from pipeline.params import TRAINABLE, AnyCorpusParams
 from pipeline.sources import CACHE, fetch, record
 
 
 def build_samples(
-    params: RulerParams | DialoguesParams,
+    params: AnyCorpusParams,
     name: str,
     model: Path,
     work: Path,
@@ -32,13 +32,22 @@ def build_samples(
     """
     source = fetch(params.source, cache)
     sources = {"source": record(params.source, source)}
-    if params.kind == "dialogues":
-        return dialogues.build(params, name, source, model, progress), sources
-    splitter = fetch(params.sentence_splitter, cache)
-    sources["sentence_splitter"] = record(params.sentence_splitter, splitter)
-    return ruler.build(params, name, source, splitter, model, work, progress), sources
+    match params.kind:
+        case "dialogues":
+            return dialogues.build(params, name, source, model, progress), sources
+        case "oasst":
+            return oasst.build(params, name, source, model, progress), sources
+        case "choice":
+            return choice.build(params, name, source, model, progress), sources
+        case "longbench":
+            return longbench.build(params, name, source, model, progress), sources
+        case "ruler":
+            splitter = fetch(params.sentence_splitter, cache)
+            sources["sentence_splitter"] = record(params.sentence_splitter, splitter)
+            return ruler.build(params, name, source, splitter, model, work, progress), sources
 
 
-def count_pieces(params: RulerParams | DialoguesParams) -> int:
+def count_pieces(params: AnyCorpusParams) -> int:
     """How often ``progress`` will be called for this corpus."""
-    return 3 * len(params.tasks) if params.kind == "ruler" else 3
+    splits = 3 if params.kind in TRAINABLE else 1
+    return splits * len(params.tasks) if params.kind in ("ruler", "longbench") else splits

@@ -92,6 +92,10 @@ class EvictedCache(Cache):
         """New tokens appended so far (groups differ in how many old ones they keep)."""
         return self.appended
 
+    def rewind(self, appended: int = 0) -> None:
+        """Forget all but the first ``appended`` new tokens; their slots are written again."""
+        self.appended = appended
+
     def select(self, keep: Tensor) -> None:
         """Drop finished rows: ``keep`` is (rows,) bool."""
         remaining, first_row = [], 0
@@ -187,7 +191,7 @@ def _forward(model: PreTrainedModel, cache: EvictedCache, tokens: Tensor, positi
 def greedy_decode(
     model: PreTrainedModel,
     cache: EvictedCache,
-    first_token: int,
+    first_tokens: Sequence[int],
     position: int,
     max_new_tokens: int,
     is_finished: Callable[[list[int]], bool],
@@ -196,9 +200,9 @@ def greedy_decode(
 
     Parameters
     ----------
-    first_token, position
-        The last prompt token, fed again so that already the first generated token comes from the evicted
-        cache, and its position.
+    first_tokens, position
+        The last token of the compressed context, fed again so that already the first generated token comes
+        from the evicted cache, the late question behind it, and the position of the first of them.
     is_finished
         Whether a row with these generated tokens needs no more.
 
@@ -210,9 +214,10 @@ def greedy_decode(
         generated: list[list[int]] = [[] for _ in range(cache.rows)]
         active = list(range(cache.rows))
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        tokens = torch.full((cache.rows, 1), first_token, device=model.device)
-        for step in range(max_new_tokens):
-            hidden = _forward(model, cache, tokens, position + step)
+        tokens = torch.tensor(first_tokens, device=model.device).expand(cache.rows, -1)
+        for _ in range(max_new_tokens):
+            hidden = _forward(model, cache, tokens, position)
+            position += tokens.shape[1]
             chosen = head(hidden[:, -1]).argmax(-1)
             for row, token in zip(active, chosen.tolist(), strict=True):
                 generated[row].append(token)
@@ -234,9 +239,9 @@ def continuation_nll(model: PreTrainedModel, cache: EvictedCache, continuation: 
     Parameters
     ----------
     continuation
-        (t + 1,) int64: the last prompt token, then the t true tokens.
+        (t + 1,) int64: the last token of the compressed context, then the t true tokens.
     position
-        Position of the last prompt token.
+        Position of that token.
 
     Returns
     -------
@@ -248,3 +253,43 @@ def continuation_nll(model: PreTrainedModel, cache: EvictedCache, continuation: 
         head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         # Row by row: logits of all rows at once would be rows x t x vocabulary.
         return torch.stack([F.cross_entropy(head(row).float(), targets, reduction="none") for row in hidden])
+
+
+@torch.inference_mode()
+def choice_nll(
+    model: PreTrainedModel,
+    cache: EvictedCache,
+    first_tokens: Sequence[int],
+    choices: Sequence[Sequence[int]],
+    position: int,
+) -> Tensor:
+    """Negative log-likelihood of several continuations of the same text under every row.
+
+    Parameters
+    ----------
+    first_tokens, position
+        As in :func:`greedy_decode`: the text that comes before each choice. It is run once.
+    choices
+        Token ids of each continuation; no choice is empty.
+
+    Returns
+    -------
+    (rows, choices) float32, nats, summed over the tokens of a choice.
+    """
+    with attention_implementation(model, ATTENTION_NAME):
+        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+
+        def run(tokens: Sequence[int], at: int) -> Tensor:
+            return _forward(model, cache, torch.tensor(tokens, device=model.device).expand(cache.rows, -1), at)
+
+        before = run(first_tokens, position)[:, -1:]
+        appended = cache.appended
+        found = []
+        for choice in choices:
+            cache.rewind(appended)
+            hidden = before
+            if len(choice) > 1:
+                hidden = torch.cat([before, run(choice[:-1], position + len(first_tokens))], dim=1)
+            targets = torch.tensor(choice, device=model.device)
+            found.append(torch.stack([F.cross_entropy(head(row).float(), targets, reduction="sum") for row in hidden]))
+        return torch.stack(found, dim=1)

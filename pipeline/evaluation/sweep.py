@@ -3,7 +3,7 @@
 Hooks ask every policy for its scores while the prompt is prefilled; each policy ranks once; each budget is
 a prefix of that ranking; all (policy, budget) pairs then decode together. Policies see the whole prompt; its
 last token, which every budget keeps, is then fed once more against the evicted cache, so that every
-predicted token, the first included, comes from what is left.
+predicted token, the first included, comes from what is left. A late question comes after the eviction.
 It knows no files; ``pipeline/evaluation/results.py`` names the columns.
 """
 
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from pipeline.benchmarks.string_match import metric_for
+from pipeline.benchmarks.choice import choice_outcome
+from pipeline.benchmarks.metrics import scorer
 from pipeline.corpora.samples import Sample
 from pipeline.errors import PipelineError
-from pipeline.evaluation.decode import EvictedCache, continuation_nll, greedy_decode
+from pipeline.evaluation.decode import EvictedCache, choice_nll, continuation_nll, greedy_decode
 from pipeline.eviction.baselines import BASELINES, SHORTEST_CACHE, LayerCache
 from pipeline.eviction.budget import gather_tokens, kept_tokens, protected_ranking
 from pipeline.models import end_token_ids
@@ -46,7 +47,7 @@ FULL, ORACLE = PolicyKey("full"), PolicyKey("oracle")
 
 @dataclass(frozen=True)
 class Prefill:
-    """One prefilled prompt of n tokens, and what followed it.
+    """One prefilled context of n tokens, and what followed it.
 
     Attributes
     ----------
@@ -106,6 +107,11 @@ class Sweep:
     ----------
     policies
         trained_on, estimator -> policy, on the model's device.
+    budgets
+        Tokens kept per head, ascending.
+    whole_if_shorter
+        Whether a context shorter than a budget stays whole there, as in benchmarks whose contexts differ
+        much; otherwise it is an error.
     """
 
     model: PreTrainedModel
@@ -113,6 +119,8 @@ class Sweep:
     policies: Mapping[PolicyKey, Policy]
     evaluation: EvaluationParams
     traces: TracesParams
+    budgets: tuple[int, ...]
+    whole_if_shorter: bool = False
     end_tokens: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -126,20 +134,27 @@ class Sweep:
         PipelineError
             A budget is larger than this sample's cache.
         """
-        n = sample.prompt_len
-        if self.evaluation.budgets[-1] > n:
+        n = sample.context_len
+        if self.budgets[-1] > n and not self.whole_if_shorter:
             raise PipelineError(
-                f"evaluation.budgets: {self.evaluation.budgets[-1]} is larger than the cache of sample "
-                f"{sample.sample_id}, {n} tokens; lower the budget or use longer samples."
+                f"evaluation.budgets: {self.budgets[-1]} is larger than the cache of sample {sample.sample_id}, {n} "
+                "tokens; lower the budget or use longer samples."
             )
         prefill = self.prefill(sample, seed)
         rankings = {
             key: protected_ranking(scores, self.evaluation.n_sink, self.evaluation.n_recent)
             for key, scores in prefill.scores[n].items()
         }
-        outcomes = (
-            self._generate(sample, prefill, rankings) if sample.answers else self._score(sample, prefill, rankings)
-        )
+        if sample.choices:
+            outcomes = self._choose(sample, prefill, rankings)
+        else:
+            # The likelihoods come first: generating drops the rows that have finished.
+            reserve = len(sample.input_ids) - n
+            cache, rows = self.evict(prefill, rankings, max(reserve, sample.prompt_len - n + sample.max_new_tokens))
+            outcomes = self._score(sample, cache, rows)
+            if sample.metric != "nll":
+                cache.rewind()
+                outcomes += self._generate(sample, cache, rows)
         return outcomes, [
             costs
             for size, scores in prefill.scores.items()
@@ -147,27 +162,29 @@ class Sweep:
         ]
 
     def prefill(self, sample: Sample, seed: int) -> Prefill:
-        """Prefill the prompt once, score it with every policy, and look at what followed."""
+        """Prefill the context once, score it with every policy, and look at what followed.
+
+        Policies are scored at a second cache size, the middle, where a block of the record ends there.
+        """
         block, chunk = self.traces.block_size, self.traces.query_chunk
-        n = sample.prompt_len
-        middle = max(1, n // 2 // block) * block
-        if not SHORTEST_CACHE <= middle <= n:
+        n = sample.context_len
+        middle = n // 2 // block * block
+        if n < SHORTEST_CACHE:
             raise PipelineError(
-                f"Sample {sample.sample_id} has a prompt of {sample.prompt_len} tokens; the baselines rank half of it, "
-                f"in blocks of {block} tokens and at least {SHORTEST_CACHE} in all: use longer samples."
+                f"Sample {sample.sample_id} has a context of {n} tokens; ranking needs {SHORTEST_CACHE}: drop it."
             )
         ids = torch.tensor(sample.input_ids)
         cache = DynamicCache(config=self.model.config)
-        collected: dict[int, dict[PolicyKey, list[Tensor]]] = {size: {} for size in (middle, n)}
+        collected: dict[int, dict[PolicyKey, list[Tensor]]] = {size: {} for size in (middle, n) if size}
         with self._scoring(collected, seed):
             prompt = run_captured(self.model, ids[:n], cache, block, chunk)
         # The true continuation runs against the uncompressed cache; its attention is the oracle's knowledge.
         after = run_captured(self.model, ids[n:], cache, block, chunk)
         beyond = torch.stack([record[:, :n].sum(-1) for record in after])
-        importance = {
-            n: beyond,
-            middle: torch.stack([future_importance(record, middle, block) for record in prompt]) + beyond[..., :middle],
-        }
+        importance = {n: beyond}
+        if middle:
+            within = torch.stack([future_importance(record, middle, block) for record in prompt])
+            importance[middle] = within + beyond[..., :middle]
         scores = {
             size: {key: torch.stack(layers) for key, layers in by_key.items()} for size, by_key in collected.items()
         }
@@ -204,13 +221,14 @@ class Sweep:
     ) -> tuple[EvictedCache, list[tuple[PolicyKey, int | None]]]:
         """Build the evicted cache of all pairs; returns it with the (policy, budget) of each row.
 
-        The last prompt token counts towards the budget, but is left out: it is fed again.
+        The last context token counts towards the budget, but is left out: it is fed again.
         """
+        n = prefill.keys[0].shape[2]
         cache = EvictedCache(reserve)
         rows: list[tuple[PolicyKey, int | None]] = []
-        for budget in self.evaluation.budgets:
+        for budget in self.budgets:
             # Sorted by position, and the last token is protected: it comes last.
-            kept = {key: kept_tokens(ranking, budget)[..., :-1] for key, ranking in rankings.items()}
+            kept = {key: kept_tokens(ranking, min(budget, n))[..., :-1] for key, ranking in rankings.items()}
             # index: (policies, kv_heads, budget - 1) per layer
             by_layer = torch.stack(list(kept.values()), dim=1)
             groups = [
@@ -226,9 +244,12 @@ class Sweep:
         rows.append((FULL, None))
         return cache, rows
 
-    def _generate(self, sample: Sample, prefill: Prefill, rankings: Mapping[PolicyKey, Tensor]) -> list[Outcome]:
-        metric = metric_for(sample.task)
-        cache, rows = self.evict(prefill, rankings, sample.max_new_tokens)
+    def _generate(
+        self, sample: Sample, cache: EvictedCache, rows: Sequence[tuple[PolicyKey, int | None]]
+    ) -> list[Outcome]:
+        score = scorer(sample)
+        # A longer text contains every answer that a shorter one does: a full score cannot change.
+        may_stop_early = sample.metric == "string_match"
 
         def text(tokens: Sequence[int]) -> str:
             decoded = self.tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -236,24 +257,36 @@ class Sweep:
             return decoded
 
         def is_finished(tokens: list[int]) -> bool:
-            # A longer text contains every answer that a shorter one does: a full score cannot change.
-            return tokens[-1] in self.end_tokens or metric(text(tokens), sample.answers) == 1.0
+            return tokens[-1] in self.end_tokens or (may_stop_early and score(text(tokens)) == 1.0)
 
-        last = sample.prompt_len - 1
-        generated = greedy_decode(self.model, cache, sample.input_ids[last], last, sample.max_new_tokens, is_finished)
+        last = sample.context_len - 1
+        first_tokens = sample.input_ids[last : sample.prompt_len]
+        generated = greedy_decode(self.model, cache, first_tokens, last, sample.max_new_tokens, is_finished)
         return [
-            Outcome(key, budget, "string_match", metric(text(tokens), sample.answers), len(tokens))
+            Outcome(key, budget, sample.metric, score(text(tokens)), len(tokens))
             for (key, budget), tokens in zip(rows, generated, strict=True)
         ]
 
-    def _score(self, sample: Sample, prefill: Prefill, rankings: Mapping[PolicyKey, Tensor]) -> list[Outcome]:
-        last = sample.prompt_len - 1
-        continuation = torch.tensor(sample.input_ids[last:])
-        cache, rows = self.evict(prefill, rankings, len(continuation) - 1)
-        nll = continuation_nll(self.model, cache, continuation, last).double().mean(-1)
+    def _score(
+        self, sample: Sample, cache: EvictedCache, rows: Sequence[tuple[PolicyKey, int | None]]
+    ) -> list[Outcome]:
+        last = sample.context_len - 1
+        # Tokens of a late question are read, not predicted.
+        predicted = len(sample.input_ids) - sample.prompt_len
+        nll = continuation_nll(self.model, cache, torch.tensor(sample.input_ids[last:]), last)[:, -predicted:]
         return [
-            Outcome(key, budget, "nll", value, len(continuation) - 1)
-            for (key, budget), value in zip(rows, nll.tolist(), strict=True)
+            Outcome(key, budget, "nll", value, predicted)
+            for (key, budget), value in zip(rows, nll.double().mean(-1).tolist(), strict=True)
+        ]
+
+    def _choose(self, sample: Sample, prefill: Prefill, rankings: Mapping[PolicyKey, Tensor]) -> list[Outcome]:
+        last = sample.context_len - 1
+        first_tokens = sample.input_ids[last : sample.prompt_len]
+        cache, rows = self.evict(prefill, rankings, len(first_tokens) + max(map(len, sample.choices)) - 1)
+        nll = choice_nll(self.model, cache, first_tokens, sample.choices, last)
+        return [
+            Outcome(key, budget, sample.metric, choice_outcome(row, sample.answers, sample.metric, sample.gold), 1)
+            for (key, budget), row in zip(rows, nll.tolist(), strict=True)
         ]
 
 

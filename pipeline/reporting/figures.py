@@ -38,6 +38,21 @@ GRID_LAYERS = 16
 SERIES_NOTE = "Dashed: attention-based policies, which see the question. Dotted: the order by true future importance."
 
 
+# Figures of the paper that show scores of the first model; what no figure shows is drawn in one more.
+SCORE_FIGURES = {
+    "2": (
+        ("ruler", "accuracy"),
+        ("dialogues", "perplexity"),
+        ("oasst2", "perplexity"),
+        ("oasst1", "perplexity"),
+    ),
+    "3": (("boolq", "accuracy"), ("arc_challenge", "accuracy")),
+    "4": (("gov_report", "ROUGE-L"),),
+    "10": (("ruler", "perplexity"),),
+    "11": (("mmlu", "accuracy"), ("hellaswag", "normalised accuracy")),
+}
+
+
 @dataclass(frozen=True)
 class Drawing:
     """One figure: what to call it, which of the paper's it regenerates, and how to draw it."""
@@ -64,7 +79,7 @@ def drawings(data: Tables, matrix: MatrixParams, report: ReportParams) -> list[D
     found: list[Drawing] = []
     percent = f"{report.confidence:.0%}"
     for place, model in enumerate(matrix.model):
-        found += _score_drawings(data, model, "2" if place == 0 else "7", percent)
+        found += _score_drawings(data, model, place == 0, percent)
         for corpus in matrix.corpus:
             found += _cost_drawings(data.cost_curves, model, corpus, report)
     if not data.training.is_empty():
@@ -92,8 +107,7 @@ def save(drawing: Drawing, directory: Path) -> Path:
 def draw_scores(scores: pl.DataFrame) -> Figure:
     """Each benchmark's metric against the budget, one panel for each (figure 2)."""
     panels = scores.select("benchmark", "metric").unique().sort("metric", "benchmark").rows()
-    figure = _figure(6.2 * len(panels) + 2.4, 5.2)
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure, grid = _grid(len(panels), columns=min(3, len(panels)), panel=(6.2, 5.0), sharex=False, sharey=False)
     for axes, (benchmark, metric) in zip(grid, panels, strict=True):
         part = scores.filter(pl.col("benchmark") == benchmark, pl.col("metric") == metric)
         _score_axes(axes, part, bands=True)
@@ -174,32 +188,55 @@ def draw_training(training: pl.DataFrame) -> Figure:
     return figure
 
 
-def _score_drawings(data: Tables, model: str, paper: str, percent: str) -> list[Drawing]:
+def _score_drawings(data: Tables, model: str, first: bool, percent: str) -> list[Drawing]:
     scores = data.scores.filter(pl.col("model") == model)
-    found = [
-        Drawing(
-            f"fig{int(paper):02d}_{model}_scores_vs_budget.png",
-            paper,
-            f"Accuracy and perplexity against budget, {model}",
-            f"Bands are {percent} bootstrap intervals over samples, drawn for the exact policies; the tables have "
-            "the others. Every head keeps the same number of tokens. "
-            f"Horizontal line: no eviction. {SERIES_NOTE}",
-            lambda: draw_scores(scores),
-        )
-    ]
-    tasks = data.tasks.filter(pl.col("model") == model)
-    for (benchmark,), part in tasks.group_by("benchmark", maintain_order=True):
+    found = []
+    for paper, shown in _score_figures(scores, first):
+        part = scores.join(shown, on=["benchmark", "metric"], how="semi")
+        number = f"fig{int(paper):02d}" if paper else "more"
         found.append(
             Drawing(
-                f"fig13_{model}_{benchmark}_tasks_vs_budget.png",
+                f"{number}_{model}_scores_vs_budget.png",
+                paper,
+                f"{_listed(shown)} against budget, {model}",
+                f"Bands are {percent} bootstrap intervals over samples, drawn for the exact policies; the tables have "
+                "the others. Every head keeps the same number of tokens. "
+                f"Horizontal line: no eviction. {SERIES_NOTE}",
+                lambda part=part: draw_scores(part),  # type: ignore[misc]
+            )
+        )
+    tasks = data.tasks.filter(pl.col("model") == model)
+    for (benchmark, metric), part in tasks.group_by("benchmark", "metric", maintain_order=True):
+        found.append(
+            Drawing(
+                f"fig13_{model}_{benchmark}_{str(metric).replace(' ', '_')}_of_tasks.png",
                 "13",
-                f"Each {names.corpus_title(str(benchmark))} task against budget, {model}",
+                f"Each {names.corpus_title(str(benchmark))} task's {metric} against budget, {model}",
                 "A task has few samples (table below), so single steps of these lines mean little. "
                 f"Horizontal line: no eviction. {SERIES_NOTE}",
                 lambda part=part: draw_tasks(part),  # type: ignore[misc]
             )
         )
     return found
+
+
+def _score_figures(scores: pl.DataFrame, first: bool) -> list[tuple[str, pl.DataFrame]]:
+    """The paper's number of each figure of scores, with the (benchmark, metric) pairs it shows."""
+    there = scores.select("benchmark", "metric").unique().sort("metric", "benchmark")
+    if not first:
+        return [("7", there)]
+    wanted = [
+        (paper, there.filter(pl.struct("benchmark", "metric").is_in([{"benchmark": b, "metric": m} for b, m in pairs])))
+        for paper, pairs in SCORE_FIGURES.items()
+    ]
+    rest = there.join(pl.concat([pairs for _, pairs in wanted]), on=["benchmark", "metric"], how="anti")
+    return [
+        (paper, pairs) for paper, pairs in [*wanted, ("", rest.sort("metric", "benchmark"))] if not pairs.is_empty()
+    ]
+
+
+def _listed(pairs: pl.DataFrame) -> str:
+    return ", ".join(f"{names.corpus_title(benchmark)} {metric}" for benchmark, metric in pairs.rows())
 
 
 def _cost_drawings(cost_curves: pl.DataFrame, model: str, corpus: str, report: ReportParams) -> list[Drawing]:
@@ -267,8 +304,10 @@ def _score_axes(axes: Axes, part: pl.DataFrame, bands: bool) -> None:
 def _log_scale_if_wide(axes: Axes, part: pl.DataFrame) -> None:
     # A policy that destroys the cache has a perplexity that would flatten every other line.
     low, high = part.select(pl.col("mean").min(), pl.col("mean").max().alias("high")).row(0)
-    if part["metric"][0] != "perplexity":
+    if part["metric"][0] == "accuracy":
         axes.set_ylim(-0.03, 1.03)
+    elif part["metric"][0] != "perplexity":
+        axes.set_ylim(0, None)
     elif low > 0 and high / low > 3:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(_plain))
@@ -321,10 +360,12 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _grid(count: int, columns: int, panel: tuple[float, float], sharey: bool) -> tuple[Figure, list[Axes]]:
+def _grid(
+    count: int, columns: int, panel: tuple[float, float], sharey: bool, sharex: bool = True
+) -> tuple[Figure, list[Axes]]:
     rows = -(-count // columns)
     figure = _figure(panel[0] * columns + 2.4, panel[1] * rows + 0.6)
-    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=sharey).flat)
+    axes = list(figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey).flat)
     for place, unused in enumerate(axes[count:], start=count):
         unused.set_visible(False)
         # The panel above an empty place ends its column: it needs the tick labels.

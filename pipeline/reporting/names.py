@@ -13,13 +13,35 @@ Kind = Literal["ceiling", "oracle", "kvp", "attention-free", "attention-based"]
 Dashes = Literal["-", "--", ":"]
 
 # Letters of the paper: KVP_R is trained on RULER, KVP_S on dialogues.
-CORPUS_LETTERS = {"ruler": "R", "dialogues": "S", "oasst2": "S"}
+CORPUS_LETTERS = {"ruler": "R", "dialogues": "S", "oasst2": "S", "oasst1": "S"}
 
 # A stand-in is called by its own name wherever its numbers appear.
-CORPUS_TITLES = {"ruler": "RULER", "dialogues": "Doc2Dial dialogues", "oasst2": "OASST2"}
+CORPUS_TITLES = {
+    "ruler": "RULER",
+    "dialogues": "Doc2Dial dialogues",
+    "oasst2": "OASST2",
+    "oasst1": "OASST1",
+    "boolq": "BoolQ",
+    "arc_challenge": "ARC-Challenge",
+    "mmlu": "MMLU",
+    "hellaswag": "HellaSwag",
+    "gov_report": "GovReport",
+    "passage_retrieval": "passage retrieval",
+    "longbench": "LongBench",
+}
 
 # Metric of evaluation.parquet -> what is shown. Perplexity pools the log-likelihoods of all tokens.
-SHOWN_METRICS = {"string_match": "accuracy", "nll": "perplexity"}
+SHOWN_METRICS = {
+    "string_match": "accuracy",
+    "nll": "perplexity",
+    "accuracy_norm": "normalised accuracy",
+    "rouge_l": "ROUGE-L",
+    "qa_f1": "F1",
+    "retrieval": "accuracy",
+    "count": "accuracy",
+    "classification": "accuracy",
+    "code_similarity": "similarity",
+}
 LOWER_IS_BETTER = frozenset({"perplexity", "normalised_cost"})
 
 

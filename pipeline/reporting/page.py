@@ -14,7 +14,7 @@ import jinja2
 import polars as pl
 from markupsafe import Markup
 
-from pipeline.params import Params
+from pipeline.params import AnyCorpusParams, LongBenchParams, Params, RulerParams
 from pipeline.reporting import findings, names, tables
 from pipeline.reporting.figures import Drawing
 
@@ -120,7 +120,8 @@ def recorded_sources(models: Path, samples: Path, params: Params) -> dict[str, d
     """The source.json files next to the models and samples of the matrix, where they exist."""
     paths = {f"model {model}": models / model / "source.json" for model in params.matrix.model}
     paths |= {
-        f"data {corpus}": samples / params.matrix.model[0] / corpus / "source.json" for corpus in params.matrix.corpus
+        f"data {corpus}": samples / params.matrix.model[0] / corpus / "source.json"
+        for corpus in params.matrix.benchmark
     }
     return {what: json.loads(path.read_text()) for what, path in paths.items() if path.is_file()}
 
@@ -143,13 +144,13 @@ def _setup_tables(params: Params, numbers: Numbers) -> list[Table]:
                 [
                     Cell(names.corpus_title(name)),
                     Cell(corpus.source.uri, look="text"),
-                    Cell(f"{corpus.length:,}"),
+                    Cell("as they are" if corpus.kind == "choice" else f"{corpus.length:,}"),
                     Cell(_split_size(corpus, "train")),
                     Cell(_split_size(corpus, "validation")),
                     Cell(str(counts.get(name, 0))),
                 ]
             )
-            for name in params.matrix.corpus
+            for name in params.matrix.benchmark
             for corpus in [params.corpora[name]]
         ],
     )
@@ -173,9 +174,12 @@ def _setup_tables(params: Params, numbers: Numbers) -> list[Table]:
     return [models, data, sweep, *_prompt_tables(numbers.prompts)]
 
 
-def _split_size(corpus: Any, split: str) -> str:
-    size = getattr(corpus.samples, split)
-    return f"{size} x {len(corpus.tasks)} tasks" if corpus.kind == "ruler" else str(size)
+def _split_size(corpus: AnyCorpusParams, split: str) -> str:
+    size = getattr(corpus.samples, split, None)
+    if size is None:
+        return "none"
+    several = isinstance(corpus, RulerParams | LongBenchParams) and len(corpus.tasks) > 1
+    return f"{size} x {len(corpus.tasks)} tasks" if several else str(size)  # type: ignore[union-attr]
 
 
 def _prompt_tables(prompts: pl.DataFrame) -> list[Table]:
@@ -209,7 +213,7 @@ def _prompt_tables(prompts: pl.DataFrame) -> list[Table]:
 def _stand_ins(params: Params) -> list[str]:
     named = [(f"model {name}", params.models[name].stands_in_for) for name in params.matrix.model]
     named += [
-        (f"corpus {names.corpus_title(name)}", params.corpora[name].stands_in_for) for name in params.matrix.corpus
+        (f"corpus {names.corpus_title(name)}", params.corpora[name].stands_in_for) for name in params.matrix.benchmark
     ]
     return [f"The {what} stands in for {original}." for what, original in named if original]
 
@@ -238,8 +242,9 @@ def _number_tables(numbers: Numbers) -> list[Table]:
         )
     if not numbers.steps.is_empty():
         found.append(_steps_table(numbers.steps))
-    for (model, benchmark), part in numbers.tasks.group_by("model", "benchmark", maintain_order=True):
-        found.append(_task_table(f"{names.corpus_title(str(benchmark))}: each task, mean over budgets ({model})", part))
+    for (model, benchmark, metric), part in numbers.tasks.group_by("model", "benchmark", "metric", maintain_order=True):
+        title = f"{names.corpus_title(str(benchmark))}: {metric} of each task, mean over budgets ({model})"
+        found.append(_task_table(title, part))
     return found
 
 
@@ -336,7 +341,7 @@ def _steps_table(steps: pl.DataFrame) -> Table:
 
 def _licence_table(params: Params, recorded: dict[str, dict[str, Any]]) -> Table:
     sources = {f"model {name}": params.models[name].source for name in params.matrix.model}
-    sources |= {f"data {name}": params.corpora[name].source for name in params.matrix.corpus}
+    sources |= {f"data {name}": params.corpora[name].source for name in params.matrix.benchmark}
     rows = []
     for what, source in sources.items():
         found = recorded.get(what, {})

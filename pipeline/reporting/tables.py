@@ -29,6 +29,8 @@ CURVE_COLUMNS = ("step", "layer", "kv_head", "metric", "value")
 POLICY = ["policy", "trained_on"]
 # Budgets of the cost table lie on this grid of cache_size.
 FRACTIONS = 16
+# MMLU has 57 subjects: a table or a figure of so many columns cannot be read.
+MOST_TASKS = 20
 SCOPES = ("pooled", "mid-sequence", "whole prompt")
 
 
@@ -87,8 +89,10 @@ def score_table(evaluation: pl.DataFrame, report: ReportParams) -> pl.DataFrame:
 
 
 def task_table(evaluation: pl.DataFrame, report: ReportParams) -> pl.DataFrame:
-    """As :func:`score_table`, for each task of each benchmark that has several."""
-    tasks = _scores(evaluation).filter(pl.col("task").n_unique().over("model", "benchmark") > 1)
+    """As :func:`score_table`, for each task of each benchmark that has several, up to ``MOST_TASKS``."""
+    tasks = _scores(evaluation).filter(
+        pl.col("task").n_unique().over("model", "benchmark", "metric").is_between(2, MOST_TASKS)
+    )
     return _interval_table(tasks, ["model", "benchmark", "metric", "task"], [*POLICY, "budget"], report)
 
 
@@ -266,7 +270,7 @@ class _Block:
 
 def _read_matrix(root: Path, matrix: MatrixParams, file: str, columns: Sequence[str]) -> pl.DataFrame:
     return pl.concat(
-        (read_table(root / model / corpus / file, columns) for model in matrix.model for corpus in matrix.corpus),
+        (read_table(root / model / name / file, columns) for model in matrix.model for name in matrix.benchmark),
         how="vertical_relaxed",
     )
 

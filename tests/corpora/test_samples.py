@@ -16,7 +16,7 @@ from pipeline.corpora.samples import SCHEMA, SPLITS, Sample, read_samples, write
 from pipeline.errors import PipelineError
 
 REPOSITORY = Path(__file__).parents[2]
-SAMPLE = Sample("a", "ruler", "vt", "test", (1, 2, 3), 2, None, ("x", "y"), 30, "{}")
+SAMPLE = Sample("a", "ruler", "vt", "test", (1, 2, 3), 2, None, ("x", "y"), 30, "{}", "string_match")
 
 samples = st.builds(
     Sample,
@@ -26,10 +26,13 @@ samples = st.builds(
     split=st.sampled_from(SPLITS),
     input_ids=st.lists(st.integers(0, 2**31 - 1), min_size=2, max_size=9).map(tuple),
     prompt_len=st.just(1),
-    question_start=st.none() | st.integers(0, 5),
+    question_start=st.none() | st.just(1),
     answers=st.lists(st.text(max_size=5), max_size=3).map(tuple),
     max_new_tokens=st.integers(0, 99),
     meta=st.just("{}"),
+    metric=st.sampled_from(["nll", "accuracy"]),
+    choices=st.lists(st.lists(st.integers(0, 9), max_size=3).map(tuple), max_size=3).map(tuple),
+    gold=st.none() | st.integers(0, 3),
 )
 
 
@@ -55,6 +58,8 @@ def test_equal_samples_give_equal_bytes(tmp_path: Path) -> None:
         ([SAMPLE, SAMPLE], "share a sample_id"),
         ([replace(SAMPLE, prompt_len=3)], "sample a has no tokens after its prompt"),
         ([replace(SAMPLE, prompt_len=0)], "sample a has no tokens"),
+        ([replace(SAMPLE, question_start=0)], "question of sample a starts outside its prompt"),
+        ([replace(SAMPLE, question_start=3)], "question of sample a starts outside its prompt"),
     ],
 )
 def test_unusable_samples_are_refused(tmp_path: Path, rows: list[Sample], message: str) -> None:

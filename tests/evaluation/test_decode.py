@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
-from pipeline.evaluation.decode import EvictedCache, continuation_nll, greedy_decode
+from pipeline.evaluation.decode import EvictedCache, choice_nll, continuation_nll, greedy_decode
 from tests.conftest import FAMILIES, MakeModel
 
 PROMPT = torch.arange(60) * 23 % 128
@@ -61,7 +61,7 @@ def test_keeping_everything_equals_the_plain_model(family: str, make_model: Make
 
     cache = EvictedCache(reserve=12)
     cache.add_group(keys, values)
-    (generated,) = greedy_decode(model, cache, int(PROMPT[-1]), len(PROMPT) - 1, 12, lambda tokens: False)
+    (generated,) = greedy_decode(model, cache, [int(PROMPT[-1])], len(PROMPT) - 1, 12, lambda tokens: False)
     with torch.no_grad():
         expected = model.generate(
             PROMPT[None],
@@ -71,6 +71,51 @@ def test_keeping_everything_equals_the_plain_model(family: str, make_model: Make
             eos_token_id=None,
         )
     assert generated == expected[0, len(PROMPT) :].tolist()
+
+
+def test_a_late_question_is_read_before_the_answer_is_written(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    keys, values = prefilled(model)
+    question = [int(PROMPT[-1]), 9, 44, 101]
+    cache = EvictedCache(reserve=3 + 12)
+    cache.add_group(keys, values)
+    (generated,) = greedy_decode(model, cache, question, len(PROMPT) - 1, 12, lambda tokens: False)
+    text = torch.cat([PROMPT[:-1], torch.tensor(question)])
+    with torch.no_grad():
+        expected = model.generate(
+            text[None],
+            attention_mask=torch.ones_like(text[None]),
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=None,
+        )
+    assert generated == expected[0, len(text) :].tolist()
+
+
+@pytest.mark.parametrize("question", [[], [9, 44]], ids=["inside", "late"])
+def test_choices_are_scored_as_each_on_its_own(question: list[int], make_model: MakeModel) -> None:
+    model = make_model("qwen2")
+    keys, values = prefilled(model)
+    tokens = torch.arange(2, 32).expand(2, 2, 30)
+    choices = [(7,), (5, 9, 77), (31, 8), (7, 7, 7, 7)]
+    first = [int(PROMPT[-1]), *question]
+    position = len(PROMPT) - 1
+    cache = EvictedCache(reserve=len(first) + 3)
+    cache.add_group(kept(keys, tokens), kept(values, tokens))
+    cache.add_group(keys, values)
+    found = choice_nll(model, cache, first, choices, position)
+    assert found.shape == (3, 4)
+    for place, choice in enumerate(choices):
+        alone = EvictedCache(reserve=len(first) + len(choice) - 1)
+        alone.add_group(kept(keys, tokens), kept(values, tokens))
+        alone.add_group(keys, values)
+        nll = continuation_nll(model, alone, torch.tensor([*first, *choice]), position)[:, -len(choice) :].sum(1)
+        torch.testing.assert_close(found[:, place], nll, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            text = torch.tensor([*PROMPT[:-1].tolist(), *first, *choice])
+            logits = model(text[None]).logits[0, -len(choice) - 1 : -1].double()
+        expected = F.cross_entropy(logits, torch.tensor(choice), reduction="sum")
+        torch.testing.assert_close(found[2, place].double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
@@ -106,7 +151,7 @@ def test_finished_rows_leave_and_the_others_go_on_unchanged(make_model: MakeMode
         cache = EvictedCache(reserve=10)
         cache.add_group(kept(keys, tokens), kept(values, tokens))
         cache.add_group(keys, values)
-        return greedy_decode(model, cache, int(PROMPT[-1]), len(PROMPT) - 1, 10, is_finished)
+        return greedy_decode(model, cache, [int(PROMPT[-1])], len(PROMPT) - 1, 10, is_finished)
 
     whole = decode(lambda generated: False)
     early = whole[1][3]
@@ -136,4 +181,4 @@ def test_more_tokens_than_reserved_are_refused(make_model: MakeModel) -> None:
     cache = EvictedCache(reserve=2)
     cache.add_group(keys, values)
     with pytest.raises(ValueError, match="3 new tokens exceed the 2 reserved"):
-        greedy_decode(model, cache, 5, len(PROMPT) - 1, 3, lambda tokens: False)
+        greedy_decode(model, cache, [5], len(PROMPT) - 1, 3, lambda tokens: False)

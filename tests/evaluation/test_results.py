@@ -18,7 +18,7 @@ from pipeline.evaluation.results import (
 from pipeline.evaluation.sweep import COST_GRID, FULL, ORACLE, Costs, Outcome, PolicyKey, ranking_costs
 from pipeline.reporting import tables
 
-SAMPLE = Sample("vt-0", "ruler", "vt", "test", (1, 2, 3), 2, None, ("x",), 4, "{}")
+SAMPLE = Sample("vt-0", "ruler", "vt", "test", (1, 2, 3), 2, None, ("x",), 4, "{}", "string_match")
 LAYERS, KV_HEADS, N = 3, 2, 32
 KVP = PolicyKey("kvp-exact", "dialogues")
 
@@ -80,7 +80,7 @@ def test_each_cost_is_that_of_its_head_and_budget(costs: list[Costs], importance
 def test_parts_merge_in_the_order_given(costs: list[Costs], tmp_path: Path) -> None:
     parts = []
     for index in (2, 0, 1):
-        sample = Sample(f"s{index}", "ruler", "vt", "test", (1, 2, 3), 2, None, ("x",), 4, "{}")
+        sample = Sample(f"s{index}", "ruler", "vt", "test", (1, 2, 3), 2, None, ("x",), 4, "{}", "string_match")
         parts.append(tmp_path / f"{index}.parquet")
         write_part(parts[-1], cost_table("m", sample, costs))
     merge_parts(parts, tmp_path / "merged" / "cost.parquet")

@@ -38,7 +38,7 @@ class Letters:
         return "".join(chr(ord("a") + token % 26) for token in tokens)
 
 
-def make_sample(answers: tuple[str, ...] = ()) -> Sample:
+def make_sample(answers: tuple[str, ...] = (), question_start: int | None = None) -> Sample:
     return Sample(
         sample_id="s",
         corpus="ruler" if answers else "dialogues",
@@ -46,17 +46,18 @@ def make_sample(answers: tuple[str, ...] = ()) -> Sample:
         split="test",
         input_ids=tuple(IDS),
         prompt_len=PROMPT_LEN,
-        question_start=None,
+        question_start=question_start,
         answers=answers,
         max_new_tokens=6 if answers else 0,
         meta="{}",
+        metric="string_match" if answers else "nll",
     )
 
 
 def make_sweep(model: PreTrainedModel, budgets: tuple[int, ...] = (24, 48, N)) -> Sweep:
     evaluation = EvaluationParams(budgets=budgets, n_sink=4, n_recent=16, seed=0)
     traces = TracesParams(block_size=16, query_chunk=32, sequences_per_shard=2)
-    return Sweep(model, Letters(), POLICIES, evaluation, traces)  # type: ignore[arg-type]
+    return Sweep(model, Letters(), POLICIES, evaluation, traces, budgets)  # type: ignore[arg-type]
 
 
 def expected_rows(budgets: Sequence[int]) -> set[tuple[PolicyKey, int | None]]:
@@ -64,9 +65,10 @@ def expected_rows(budgets: Sequence[int]) -> set[tuple[PolicyKey, int | None]]:
     return {(key, budget) for key in keys for budget in budgets} | {(FULL, None)}
 
 
-def by_row(outcomes: Sequence[Outcome]) -> dict[tuple[PolicyKey, int | None], Outcome]:
-    rows = {(outcome.key, outcome.budget): outcome for outcome in outcomes}
-    assert len(rows) == len(outcomes)
+def by_row(outcomes: Sequence[Outcome], metric: str = "nll") -> dict[tuple[PolicyKey, int | None], Outcome]:
+    chosen = [outcome for outcome in outcomes if outcome.metric == metric]
+    rows = {(outcome.key, outcome.budget): outcome for outcome in chosen}
+    assert len(rows) == len(chosen)
     return rows
 
 
@@ -89,9 +91,10 @@ def eager_importance(model: PreTrainedModel, cache_size: int, last: int) -> Tens
 @pytest.mark.parametrize("answers", [(), ("zzz",)], ids=["perplexity", "text"])
 def test_the_rows_are_policies_times_budgets_and_full(answers: tuple[str, ...], make_model: MakeModel) -> None:
     outcomes, costs = make_sweep(make_model("llama")).run(make_sample(answers), seed=1)
-    rows = by_row(outcomes)
-    assert set(rows) == expected_rows((24, 48, N))
-    assert {outcome.metric for outcome in outcomes} == {"string_match" if answers else "nll"}
+    metrics = {"nll", "string_match"} if answers else {"nll"}  # perplexity besides accuracy
+    assert {outcome.metric for outcome in outcomes} == metrics
+    for metric in metrics:
+        assert set(by_row(outcomes, metric)) == expected_rows((24, 48, N))
     assert all(1 <= outcome.n_tokens <= 8 for outcome in outcomes)
     assert {(cost.key, cost.cache_size) for cost in costs} == {
         (key, size) for key, budget in expected_rows((1,)) if budget for size in (MIDDLE, N)
@@ -152,11 +155,11 @@ def test_full_writes_what_generate_writes(make_model: MakeModel) -> None:
             do_sample=False,
         )
     text = Letters().decode(expected[0, PROMPT_LEN:].tolist(), skip_special_tokens=True)
-    rows = by_row(make_sweep(model).run(make_sample((text[:3], "zzzzzz")), seed=1)[0])
+    rows = by_row(make_sweep(model).run(make_sample((text[:3], "zzzzzz")), seed=1)[0], "string_match")
     assert rows[FULL, None].value == 0.5
     assert {rows[key, N].value for key in (ORACLE, *POLICIES)} == {0.5}
     # With every answer found the row is finished, before all tokens are written.
-    rows = by_row(make_sweep(model).run(make_sample((text[:3],)), seed=1)[0])
+    rows = by_row(make_sweep(model).run(make_sample((text[:3],)), seed=1)[0], "string_match")
     assert (rows[FULL, None].value, rows[FULL, None].n_tokens) == (1.0, 3)
 
 
@@ -174,11 +177,63 @@ def test_a_budget_above_the_cache_is_one_sentence(make_model: MakeModel) -> None
         make_sweep(make_model("llama"), (24, N + 1)).run(make_sample(), seed=1)
 
 
-def test_a_prompt_too_short_for_the_baselines_is_one_sentence(make_model: MakeModel) -> None:
-    short = dataclasses.replace(make_sample(), prompt_len=129)  # half of the cache: 64 tokens, SnapKV's window
-    with pytest.raises(PipelineError, match=r"Sample s has a prompt of 129 tokens; .* use longer samples"):
-        make_sweep(make_model("llama"), (24,)).run(short, seed=1)
-    assert make_sweep(make_model("llama"), (24,)).run(dataclasses.replace(short, prompt_len=161), seed=1)
+def test_a_context_shorter_than_a_budget_stays_whole_where_that_is_allowed(make_model: MakeModel) -> None:
+    sweep = dataclasses.replace(make_sweep(make_model("llama"), (24, N + 1)), whole_if_shorter=True)
+    rows = by_row(sweep.run(make_sample(), seed=1)[0])
+    for key in POLICIES:
+        assert rows[key, N + 1].value == pytest.approx(rows[FULL, None].value, rel=1e-4)
+        assert rows[key, 24].value != pytest.approx(rows[FULL, None].value, rel=1e-4)
+
+
+def test_a_short_context_is_ranked_at_one_cache_size(make_model: MakeModel) -> None:
+    short = dataclasses.replace(make_sample(), prompt_len=31)  # half of it holds no block of 16 queries
+    outcomes, costs = make_sweep(make_model("llama"), (24,)).run(short, seed=1)
+    assert set(by_row(outcomes)) == expected_rows((24,))
+    assert {cost.cache_size for cost in costs} == {31}
+    with pytest.raises(PipelineError, match=r"Sample s has a context of 1 tokens; ranking needs 2: drop it"):
+        make_sweep(make_model("llama"), (1,)).run(dataclasses.replace(make_sample(), prompt_len=1), seed=1)
+
+
+LATE = 170
+
+
+def test_a_late_question_is_no_part_of_the_compressed_context(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    sweep = make_sweep(model, (24, LATE))
+    sample = make_sample(question_start=LATE)
+    prefill = sweep.prefill(sample, seed=1)
+    assert prefill.keys[0].shape[2] == LATE
+    importance = prefill.importance[LATE].double()
+    torch.testing.assert_close(importance, eager_importance(model, LATE, len(IDS)), rtol=1e-4, atol=1e-5)
+    rows = by_row(sweep.run(sample, seed=1)[0])
+    whole = by_row(make_sweep(model, (24,)).run(make_sample(), seed=1)[0])[FULL, None]
+    # Only the answer's tokens count, and without eviction the place of the question changes nothing.
+    assert rows[FULL, None].n_tokens == whole.n_tokens == len(IDS) - PROMPT_LEN
+    assert rows[FULL, None].value == pytest.approx(whole.value, rel=1e-4)
+    assert rows[ORACLE, LATE].value == pytest.approx(whole.value, rel=1e-4)
+    assert rows[ORACLE, 24].value != pytest.approx(whole.value, rel=1e-4)
+
+
+@pytest.mark.parametrize("question_start", [None, LATE], ids=["inside", "late"])
+def test_full_chooses_what_the_plain_model_chooses(question_start: int | None, make_model: MakeModel) -> None:
+    model = make_model("llama")
+    choices = ((5, 9), (77,), (31, 8, 60), (100,))
+    nll = []
+    for choice in choices:
+        text = torch.tensor([*IDS[:PROMPT_LEN], *choice])
+        with torch.no_grad():
+            logits = model(text[None]).logits[0, PROMPT_LEN - 1 : -1]
+        nll.append(F.cross_entropy(logits, torch.tensor(choice), reduction="sum").item())
+    best = min(range(4), key=nll.__getitem__)
+    for gold in range(4):
+        sample = dataclasses.replace(
+            make_sample(question_start=question_start),
+            choices=choices, gold=gold, answers=("a", "bb", "cc", "d"), metric="accuracy",
+        )  # fmt: skip
+        outcomes, _ = make_sweep(model, (24, 48)).run(sample, seed=1)
+        rows = by_row(outcomes, "accuracy")
+        assert set(rows) == expected_rows((24, 48))
+        assert rows[FULL, None].value == float(gold == best)
 
 
 def test_hooks_are_gone_after_a_sweep(make_model: MakeModel) -> None:

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import polars as pl
 import pytest
 
 from pipeline.params import Params
@@ -37,12 +38,44 @@ def test_file_names_carry_the_numbers_of_the_paper(drawings: list[figures.Drawin
     assert len({drawing.file for drawing in drawings}) == len(drawings)
 
 
+def with_scores(data: figures.Tables, *shown: tuple[str, str, str]) -> figures.Tables:
+    """Scores of (model, benchmark, metric), and nothing else."""
+    model, benchmark, metric = data.scores.select("model", "benchmark", "metric").row(0)
+    one = data.scores.filter(model=model, benchmark=benchmark, metric=metric)
+    scores = pl.concat(
+        one.with_columns(model=pl.lit(model), benchmark=pl.lit(benchmark), metric=pl.lit(metric))
+        for model, benchmark, metric in shown
+    )
+    return figures.Tables(scores, data.tasks.clear(), data.cost_curves.clear(), data.training.clear())
+
+
 def test_a_second_model_is_figure_7(data: figures.Tables, finished: tuple[Path, Params]) -> None:
     _, params = finished
     matrix = params.matrix.model_copy(update={"model": ("first", "second")})
-    empty = figures.Tables(data.scores.clear(), data.tasks.clear(), data.cost_curves.clear(), data.training.clear())
-    files = [drawing.file for drawing in figures.drawings(empty, matrix, params.report)]
+    both = with_scores(data, ("first", "ruler", "accuracy"), ("second", "ruler", "accuracy"))
+    files = [drawing.file for drawing in figures.drawings(both, matrix, params.report)]
     assert files == ["fig02_first_scores_vs_budget.png", "fig07_second_scores_vs_budget.png"]
+
+
+def test_each_benchmark_is_in_the_papers_figure_and_the_rest_in_one_more(
+    data: figures.Tables, finished: tuple[Path, Params], tmp_path: Path
+) -> None:
+    _, params = finished
+    matrix = params.matrix.model_copy(update={"model": ("m",)})
+    shown = {
+        "fig02": [("ruler", "accuracy"), ("oasst2", "perplexity")],
+        "fig03": [("arc_challenge", "accuracy"), ("boolq", "accuracy")],
+        "fig04": [("gov_report", "ROUGE-L")],
+        "fig10": [("ruler", "perplexity")],
+        "fig11": [("mmlu", "accuracy"), ("hellaswag", "normalised accuracy")],
+        "more": [("longbench", "F1"), ("own", "perplexity")],
+    }
+    many = with_scores(data, *(("m", *pair) for pairs in shown.values() for pair in pairs))
+    found = figures.drawings(many, matrix, params.report)
+    assert [drawing.file for drawing in found] == [f"{number}_m_scores_vs_budget.png" for number in shown]
+    for drawing, pairs in zip(found, shown.values(), strict=True):
+        assert all(f"{names.corpus_title(benchmark)} {metric}" in drawing.title for benchmark, metric in pairs)
+        assert figures.save(drawing, tmp_path).stat().st_size > 0
 
 
 def test_lines_can_be_told_apart() -> None:

@@ -1,0 +1,256 @@
+"""OpenAssistant: message trees to English threads to multi-turn dialogues of a target length.
+
+It reads the published schemas, messages (one row each, linked by parent_id) and trees (nested replies),
+and knows no hub, model or benchmark. A thread is a path from a tree's first prompt to an assistant's reply
+whose assistant turns were ranked best. A dialogue is several threads one after the other, as a user with
+several questions would have it (paper, section "Models and benchmarks": OASST2-4k); the last reply of the
+last one is to be predicted. Splits share no tree.
+"""
+
+import gzip
+import json
+import random
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.corpora.chat import chat_prompt, encode, encode_pair, end_of_turn
+from pipeline.corpora.samples import SPLITS, Sample, Split
+from pipeline.errors import PipelineError
+from pipeline.params import OasstParams
+
+ROLES = {"prompter": "user", "assistant": "assistant"}
+_COLUMNS = ("message_id", "parent_id", "message_tree_id", "role", "text", "lang")
+# Filling stops at this share of the target length: whole threads rarely add up to it.
+_SHORTEST = 0.9
+# Threads that are tried in search of ones that fit; more would use the same short ones everywhere.
+_CANDIDATES = 200
+
+Message = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Thread:
+    """Alternating turns of one path, the first a user's, the last an assistant's."""
+
+    tree: str
+    leaf: str
+    turns: tuple[Message, ...]
+
+
+def read_messages(source: Path) -> list[dict[str, Any]]:
+    """The messages of a source, trees unfolded.
+
+    Parameters
+    ----------
+    source
+        A ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file of messages or trees, or a directory laid out like
+        the hub's repository: ``data/*.parquet``, else ``*_ready.messages.jsonl.gz``.
+
+    Raises
+    ------
+    PipelineError
+        There is no such file, it cannot be read, or its rows lack a column of the published schema.
+    """
+    files = [source]
+    if source.is_dir():
+        files = sorted(source.glob("data/*.parquet")) or sorted(source.glob("*_ready.messages.jsonl.gz"))
+        if not files:
+            raise PipelineError(
+                f"{source} holds neither data/*.parquet nor *_ready.messages.jsonl.gz; name the file of messages."
+            )
+    messages = [message for file in files for row in _read_rows(file) for message in _unfold(row)]
+    if not messages:
+        raise PipelineError(f"{source} holds no messages; fetch it again.")
+    missing = [column for column in _COLUMNS if not all(column in message for message in messages)]
+    if missing:
+        raise PipelineError(
+            f"{source}: some messages lack {', '.join(missing)}; the source must follow OASST2's schema."
+        )
+    return messages
+
+
+def english_threads(messages: Sequence[dict[str, Any]]) -> list[Thread]:
+    """All paths from a first prompt to a last reply in English, deleted messages and their replies left out.
+
+    Where replies to a prompt were ranked, only the best goes on; every prompt that follows it does.
+    """
+    children: defaultdict[str | None, list[dict[str, Any]]] = defaultdict(list)
+    for message in messages:
+        usable = message["lang"] == "en" and not message.get("deleted") and message["text"].strip()
+        if usable and message["role"] in ROLES:
+            children[message["parent_id"]].append(message)
+
+    def walk(message: dict[str, Any], path: tuple[Message, ...]) -> Iterator[Thread]:
+        path = (*path, {"role": ROLES[message["role"]], "content": message["text"].strip()})
+        replies = [reply for reply in children[message["message_id"]] if reply["role"] != message["role"]]
+        if message["role"] == "prompter" and replies:
+            replies = [min(replies, key=_rank)]
+        # A prompt that nobody answered ends its path at the reply before it.
+        replies = [reply for reply in replies if reply["role"] == "assistant" or children[reply["message_id"]]]
+        if not replies and message["role"] == "assistant":
+            yield Thread(message["message_tree_id"], message["message_id"], path)
+        for reply in sorted(replies, key=lambda reply: str(reply["message_id"])):
+            yield from walk(reply, path)
+
+    roots = sorted(children[None], key=lambda message: str(message["message_id"]))
+    return [thread for root in roots if root["role"] == "prompter" for thread in walk(root, ())]
+
+
+def assign_trees(threads: Sequence[Thread], params: OasstParams) -> dict[str, Split]:
+    """Give every tree to one split, in the proportions of the wanted samples."""
+    trees = sorted({thread.tree for thread in threads})
+    random.Random(params.seed).shuffle(trees)
+    held: dict[Split, int] = dict.fromkeys(SPLITS, 0)
+    split_of: dict[str, Split] = {}
+    for tree in trees:
+        split = min(SPLITS, key=lambda split: held[split] / getattr(params.samples, split))
+        held[split] += 1
+        split_of[tree] = split
+    return split_of
+
+
+def build(
+    params: OasstParams, name: str, source: Path, model: Path, progress: Callable[[str], None] = lambda _: None
+) -> dict[Split, list[Sample]]:
+    """All samples of the corpus, by split.
+
+    Parameters
+    ----------
+    name
+        Name of the corpus in params.yaml.
+    source
+        See :func:`read_messages`.
+    model
+        Exported model directory with the tokenizer.
+    progress
+        Called with a line for each split that is finished.
+
+    Raises
+    ------
+    PipelineError
+        The source is unusable, the tokenizer has no chat template, or there are too few threads.
+    """
+    from pipeline.models import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    if not tokenizer.chat_template:
+        raise PipelineError(f"{model} has no chat template; dialogues need a chat model.")
+    composer = _Composer(params, tokenizer, end_of_turn(model, tokenizer))
+    threads = english_threads(read_messages(source))
+    split_of = assign_trees(threads, params)
+    samples: dict[Split, list[Sample]] = {}
+    for split in SPLITS:
+        wanted: int = getattr(params.samples, split)
+        own = [thread for thread in threads if split_of[thread.tree] == split]
+        random.Random(f"{params.seed} {split}").shuffle(own)
+        samples[split] = []
+        for thread in own:
+            composed = composer.compose(thread, own)
+            if composed is not None:
+                ids, prompt_len, used = composed
+                samples[split].append(
+                    Sample(
+                        sample_id=f"{split}-{thread.leaf}",
+                        corpus=name,
+                        task=name,
+                        split=split,
+                        input_ids=ids,
+                        prompt_len=prompt_len,
+                        question_start=None,
+                        answers=(),
+                        max_new_tokens=0,
+                        meta=json.dumps({"threads": [other.leaf for other in used]}, sort_keys=True),
+                        metric="nll",
+                    )
+                )
+            if len(samples[split]) == wanted:
+                break
+        else:
+            raise PipelineError(
+                f"corpora.{name}: only {len(samples[split])} threads make a {split} dialogue of about {params.length} "
+                f"tokens, {wanted} are wanted; lower samples or length, raise max_reply_tokens, or use a larger source."
+            )
+        progress(split)
+    return samples
+
+
+class _Composer:
+    """Puts other threads in front of one until the dialogue has the target length."""
+
+    def __init__(self, params: OasstParams, tokenizer: Any, end: int | None) -> None:
+        self.params, self.tokenizer, self.end = params, tokenizer, end
+        self.sizes: dict[str, int] = {}
+
+    def compose(self, last: Thread, others: Sequence[Thread]) -> tuple[tuple[int, ...], int, list[Thread]] | None:
+        """Token ids, prompt length and the threads in order; None where reply or dialogue do not fit."""
+        ids, prompt_len = self._encoded([last])
+        room = self.params.length - len(ids)
+        if len(ids) - prompt_len - (self.end is not None) > self.params.max_reply_tokens or room < 0:
+            return None
+        chosen: list[Thread] = []
+        taken = {last.tree}
+        order = random.Random(f"{self.params.seed} {last.leaf}")
+        for thread in order.sample(others, min(_CANDIDATES, len(others))):
+            if thread.tree not in taken and self._size(thread) <= room:
+                chosen.append(thread)
+                taken.add(thread.tree)
+                room -= self._size(thread)
+        ids, prompt_len = self._encoded([*chosen, last])
+        # Sizes of parts do not add up to the size of the whole, to a token here and there.
+        while len(ids) > self.params.length and chosen:
+            chosen.pop()
+            ids, prompt_len = self._encoded([*chosen, last])
+        if not _SHORTEST * self.params.length <= len(ids) <= self.params.length:
+            return None
+        return ids, prompt_len, [*chosen, last]
+
+    def _encoded(self, threads: Sequence[Thread]) -> tuple[tuple[int, ...], int]:
+        turns = [turn for thread in threads for turn in thread.turns]
+        return encode_pair(self.tokenizer, chat_prompt(self.tokenizer, turns[:-1]), turns[-1]["content"], self.end)
+
+    def _size(self, thread: Thread) -> int:
+        if thread.leaf not in self.sizes:
+            self.sizes[thread.leaf] = len(encode(self.tokenizer, chat_prompt(self.tokenizer, thread.turns)))
+        return self.sizes[thread.leaf]
+
+
+def _read_rows(file: Path) -> list[dict[str, Any]]:
+    try:
+        if file.suffix == ".parquet":
+            rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
+            return rows
+        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+        rows = [json.loads(line) for line in content.splitlines() if line.strip()]
+    except (OSError, EOFError, ValueError, pa.ArrowInvalid) as error:
+        raise PipelineError(
+            f"{file} cannot be read as messages ({error}); give .jsonl, .jsonl.gz or .parquet of OASST2's schema."
+        ) from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise PipelineError(f"{file}: every line must be a JSON object, a message or a tree.")
+    return rows
+
+
+def _unfold(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The messages of a tree; a message is its own."""
+    if "prompt" not in row:
+        yield row
+        return
+    # Nested messages name neither their tree nor, at the top, their parent.
+    waiting = [row["prompt"] | {"parent_id": None}]
+    while waiting:
+        message = waiting.pop()
+        yield {name: value for name, value in message.items() if name != "replies"} | {
+            "message_tree_id": row.get("message_tree_id")
+        }
+        waiting += [reply | {"parent_id": message.get("message_id")} for reply in message.get("replies") or []]
+
+
+def _rank(message: dict[str, Any]) -> tuple[float, str]:
+    rank = message.get("rank")
+    return (float("inf") if rank is None else rank, str(message["message_id"]))
