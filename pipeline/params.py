@@ -176,13 +176,15 @@ class ChoiceParams(_Section):
 class LongBenchParams(_Section):
     """LongBench's English tasks, for evaluation only (``pipeline/corpora/longbench.py``).
 
-    Prompts longer than ``length`` tokens lose their middle, as in LongBench's own code.
+    Prompts longer than ``length`` tokens lose their middle, as in LongBench's own code. No text is longer
+    than ``max_new_tokens``, whatever LongBench allows its task.
     """
 
     kind: Literal["longbench"]
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     source: SourceParams
     length: PositiveInt
+    max_new_tokens: PositiveInt
     late_question: bool
     budgets: Budgets
     samples: TestSize

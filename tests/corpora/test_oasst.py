@@ -14,25 +14,7 @@ from pipeline.errors import PipelineError
 from pipeline.models import load_tokenizer
 from pipeline.params import OasstParams, SourceParams, SplitSizes
 
-WORDS = [
-    "the",
-    "cache",
-    "keeps",
-    "what",
-    "later",
-    "tokens",
-    "will",
-    "look",
-    "at",
-    "and",
-    "forgets",
-    "the",
-    "rest",
-    "of",
-    "a",
-    "long",
-    "text",
-]
+WORDS = ("the", "cache", "keeps", "what", "later", "tokens", "look", "at", "and", "forgets", "the", "rest")
 
 
 def params(**changes: Any) -> OasstParams:

@@ -128,7 +128,7 @@ def test_only_entries_of_the_matrix_are_read(finished: Finished, tmp_path: Path)
     root, params = finished
     shutil.copytree(root / "evaluations", tmp_path / "evaluations")
     shutil.copytree(tmp_path / "evaluations" / MODEL / "ruler", tmp_path / "evaluations" / MODEL / "dropped")
-    matrix = params.matrix.model_copy(update={"corpus": ("dialogues",)})
+    matrix = params.matrix.model_copy(update={"corpus": ("dialogues",), "benchmark": ("dialogues",)})
     evaluation = tables.read_evaluations(tmp_path / "evaluations", matrix)
     assert evaluation["benchmark"].unique().to_list() == ["dialogues"]
 
