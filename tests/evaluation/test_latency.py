@@ -1,0 +1,40 @@
+"""What is timed is the real work; how long it takes is no test's business."""
+
+import polars as pl
+import torch
+
+from pipeline.evaluation import latency
+from pipeline.params import AgentParams
+from pipeline.policy.agents import Policy, PolicyShape
+from tests.conftest import MakeModel
+
+SHAPE = PolicyShape(3, 2, 16, AgentParams(hidden_width=8, hidden_layers=1, position_features=("age",)))
+
+
+def test_every_work_is_timed_at_every_length(make_model: MakeModel) -> None:
+    policy = Policy(SHAPE, torch.Generator().manual_seed(0))
+    done: list[None] = []
+    table = latency.measure_latency(make_model("llama"), policy, (32, 64), 2, lambda: done.append(None))
+    assert len(done) == 2
+    works = {"ranking, one layer", "ranking, all layers", "prefill", "decode step"}
+    assert set(table.select("length", "work", "repeat").iter_rows()) == {
+        (length, work, repeat) for length in (32, 64) for work in works for repeat in (0, 1)
+    }
+    assert (table["seconds"] > 0).all()
+    assert table.schema["seconds"] == pl.Float64
+
+
+def test_the_work_that_is_timed_is_done(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    policy = Policy(SHAPE, torch.Generator().manual_seed(0))
+    tokens = torch.arange(40)[None] % 128
+    with torch.inference_mode():
+        cache = latency._prefill(model, tokens)
+        assert cache.get_seq_length() == 40
+        states = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+        rankings = latency._rank_layers(policy, states, 3)
+        latency._decode(model, tokens[:, -1:], cache)
+    assert cache.get_seq_length() == 41
+    assert len(rankings) == 3
+    for ranking in rankings:
+        assert torch.equal(ranking.sort(-1).values, torch.arange(40).expand(2, 40))
