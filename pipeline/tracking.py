@@ -137,9 +137,9 @@ def _log_model_evaluation(
     costs = tables.cost_table(tables.normalised_costs(cost, evaluation), params.report)
     model = str(evaluation["model"].first())
     tags = _origin_tags() | {"role": "evaluation", "fingerprint": fingerprint, "model": model}
-    corpora = ", ".join(params.matrix.corpus)
-    parent = _start(client, experiment, f"{model} on {corpora}, budget sweep", tags)
-    sweep = params.evaluation.model_dump(mode="json") | {"corpora": corpora}
+    benchmarks = ", ".join(params.matrix.benchmark)
+    parent = _start(client, experiment, f"{model} on {benchmarks}, budget sweep", tags)
+    sweep = params.evaluation.model_dump(mode="json") | {"benchmarks": benchmarks}
     _log(client, parent, [], params=sweep | {"params_hash": _hash(sweep)})
     client.log_table(parent, scores.to_dict(as_series=False), "scores.json")
     client.log_table(parent, costs.to_dict(as_series=False), "normalised_cost.json")
@@ -149,7 +149,7 @@ def _log_model_evaluation(
         child = _start(
             client, experiment, f"{name}, budget sweep", identity | {"role": "policy", "mlflow.parentRunId": parent}
         )
-        points = _score_points(tables.select(scores, policy, trained_on), params.evaluation.budgets)
+        points = _score_points(tables.select(scores, policy, trained_on), params)
         points += _cost_points(tables.select(costs, policy, trained_on))
         _log(client, child, points, params=identity)
         client.set_terminated(child)
@@ -159,11 +159,11 @@ def _log_model_evaluation(
     return parent
 
 
-def _score_points(scores: pl.DataFrame, budgets: Sequence[int]) -> list[tuple[str, float, int]]:
+def _score_points(scores: pl.DataFrame, params: Params) -> list[tuple[str, float, int]]:
     points = []
     for row in scores.iter_rows(named=True):
         # No budget means no eviction: the same value at every budget draws the ceiling as a line.
-        steps = budgets if row["budget"] is None else [row["budget"]]
+        steps = params.budgets(row["benchmark"]) if row["budget"] is None else [row["budget"]]
         for name, suffix in (("mean", ""), ("low", "_low"), ("high", "_high")):
             points += [(f"{row['benchmark']}_{row['metric']}{suffix}", row[name], step) for step in steps]
     return points
