@@ -159,9 +159,9 @@ def test_other_vocabularies_are_left_to_transformers(tmp_path: Path) -> None:
 
 PARAGRAPH = (
     "The sun is the star at the centre of the solar system. It is a large, hot ball of gas that gives off light and "
-    "heat, and without it there would be no life on earth. The earth goes around the sun once a year, and the moon goes "
-    "around the earth once a month. There are eight planets in the solar system. The largest of them is Jupiter, and "
-    "the smallest is Mercury, which is also the closest planet to the sun."
+    "heat, and without it there would be no life on earth. The earth goes around the sun once a year, and the moon "
+    "goes around the earth once a month. There are eight planets in the solar system. The largest is Jupiter, and the "
+    "smallest is Mercury, which is also the closest planet to the sun."
 )
 
 
