@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import PipelineError
+from pipeline.gguf_tokenizer import sentencepiece_tokenizer
+from pipeline.layers import full_attention_layers, layer_kinds
 
 WEIGHTS = "*.safetensors"
 
@@ -39,7 +41,9 @@ def export_model(source: Path, out: Path) -> None:
     elif source.suffix == ".gguf":
         try:
             _quiet()
-            tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+            tokenizer = sentencepiece_tokenizer(source)
+            if tokenizer is None:
+                tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
             model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
         except Exception as error:  # transformers and gguf raise bare built-in types for unreadable files
             raise PipelineError(
@@ -57,8 +61,8 @@ def load_model(directory: Path, dtype: str, device: str) -> PreTrainedModel:
     Raises
     ------
     PipelineError
-        The directory is missing or unreadable, or some of its layers do not attend to the whole
-        context (their caches do not grow with it, so a ranking over all tokens means nothing there).
+        The directory is missing or unreadable, or the model computes attention or logits in a way that
+        capture and eviction do not reproduce, or none of its layers attends to the whole context.
     """
     if not (directory / "config.json").is_file():
         raise PipelineError(f"{directory} holds no model; run the model stage (dvc repro does) or correct its source.")
@@ -72,12 +76,8 @@ def load_model(directory: Path, dtype: str, device: str) -> PreTrainedModel:
         raise PipelineError(
             f"{directory} cannot be loaded as a model ({_one_line(error)}); rebuild or fetch it."
         ) from error
-    kinds = set(getattr(model.config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
-        raise PipelineError(
-            f"{directory}: layers of kind {', '.join(sorted(kinds - {'full_attention'}))} do not attend to the whole "
-            "context, which this pipeline needs; choose a model with full attention."
-        )
+    if unsupported := _unsupported(model):
+        raise PipelineError(f"{directory} {unsupported}, which this pipeline cannot evict from; choose another model.")
     model.eval()  # type: ignore[no-untyped-call]
     return model
 
@@ -102,10 +102,10 @@ def end_token_ids(model: PreTrainedModel) -> frozenset[int]:
 
 
 def head_shape(model: PreTrainedModel) -> tuple[int, int, int]:
-    """(layers, kv_heads, head_dim) of a model's cache."""
+    """(layers, kv_heads, head_dim) of the part of a model's cache that is ranked."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return config.num_hidden_layers, config.num_key_value_heads, head_dim
+    return len(full_attention_layers(config)), config.num_key_value_heads, head_dim
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -113,6 +113,20 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:  # another filesystem
         shutil.copyfile(source, target)
+
+
+def _unsupported(model: PreTrainedModel) -> str:
+    kinds = set(layer_kinds(model.config))
+    if others := kinds - {"full_attention", "sliding_attention"}:
+        return f"has layers of kind {', '.join(sorted(others))}"
+    if "full_attention" not in kinds:
+        return "has no layer that attends to the whole context"
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(model.config, name, None) is not None:
+            return f"caps its logits ({name} in config.json)"
+    if any(name.endswith(".sinks") for name, _ in model.named_parameters()):
+        return "has learned attention sinks"
+    return ""
 
 
 def _quiet() -> None:

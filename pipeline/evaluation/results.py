@@ -57,8 +57,11 @@ def evaluation_table(model: str, sample: Sample, outcomes: Sequence[Outcome]) ->
     return pl.DataFrame(rows, schema=EVALUATION_SCHEMA, orient="row")
 
 
-def cost_table(model: str, sample: Sample, costs: Sequence[Costs]) -> pl.DataFrame:
-    """Rows of results/cost.parquet for one sample; a null ``budget`` is the sum over all budgets."""
+def cost_table(model: str, sample: Sample, costs: Sequence[Costs], layer_numbers: Sequence[int]) -> pl.DataFrame:
+    """Rows of results/cost.parquet for one sample; a null ``budget`` is the sum over all budgets.
+
+    ``layer_numbers`` are the model's numbers of the ranked layers.
+    """
     frames = []
     for cost in costs:
         layers, kv_heads, grid = cost.cost.shape
@@ -69,7 +72,7 @@ def cost_table(model: str, sample: Sample, costs: Sequence[Costs]) -> pl.DataFra
         frames.append(
             pl.DataFrame(
                 {
-                    "layer": torch.arange(layers).repeat_interleave(kv_heads * size).tolist(),
+                    "layer": torch.tensor(layer_numbers).repeat_interleave(kv_heads * size).tolist(),
                     "kv_head": torch.arange(kv_heads).repeat_interleave(size).repeat(layers).tolist(),
                     "budget": [*cost.budgets.tolist(), None] * (layers * kv_heads),
                     "cost": points.tolist(),

@@ -4,6 +4,8 @@ Hooks ask every policy for its scores while the prompt is prefilled; each policy
 a prefix of that ranking; all (policy, budget) pairs then decode together. Policies see the whole prompt; its
 last token, which every budget keeps, is then fed once more against the evicted cache, so that every
 predicted token, the first included, comes from what is left. A late question comes after the eviction.
+Layers that slide over a window are not ranked: they hold what they hold in a plain run. "Layers" below are
+the others, in the order of ``pipeline/layers.py``.
 It knows no files; ``pipeline/evaluation/results.py`` names the columns.
 """
 
@@ -21,8 +23,10 @@ from pipeline.benchmarks.metrics import scorer
 from pipeline.corpora.samples import Sample
 from pipeline.errors import PipelineError
 from pipeline.evaluation.decode import EvictedCache, choice_nll, continuation_nll, greedy_decode
+from pipeline.evaluation.sliding import SlidingLayer
 from pipeline.eviction.baselines import BASELINES, SHORTEST_CACHE, LayerCache
 from pipeline.eviction.budget import gather_tokens, kept_tokens, protected_ranking
+from pipeline.layers import full_attention_layers
 from pipeline.models import end_token_ids
 from pipeline.params import EvaluationParams, TracesParams
 from pipeline.policy.agents import Policy
@@ -57,12 +61,16 @@ class Prefill:
         cache size -> policy -> (layers, kv_heads, cache size) float32, higher = keep.
     importance
         cache size -> (layers, kv_heads, cache size) float32, true future importance.
+    windows
+        Number of a sliding layer -> keys and values, (kv_heads, window - 1, head_dim) or fewer: what it holds
+        when the last prompt token comes.
     """
 
     keys: list[Tensor]
     values: list[Tensor]
     scores: dict[int, dict[PolicyKey, Tensor]]
     importance: dict[int, Tensor]
+    windows: dict[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -122,8 +130,10 @@ class Sweep:
     budgets: tuple[int, ...]
     whole_if_shorter: bool = False
     end_tokens: frozenset[int] = field(init=False)
+    layers: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
+        self.layers = full_attention_layers(self.model.config)
         self.end_tokens = end_token_ids(self.model)
 
     def run(self, sample: Sample, seed: int) -> tuple[list[Outcome], list[Costs]]:
@@ -174,7 +184,7 @@ class Sweep:
                 f"Sample {sample.sample_id} has a context of {n} tokens; ranking needs {SHORTEST_CACHE}: drop it."
             )
         ids = torch.tensor(sample.input_ids)
-        cache = DynamicCache(config=self.model.config)
+        cache = DynamicCache()
         collected: dict[int, dict[PolicyKey, list[Tensor]]] = {size: {} for size in (middle, n) if size}
         with self._scoring(collected, seed):
             prompt = run_captured(self.model, ids[:n], cache, block, chunk)
@@ -190,26 +200,30 @@ class Sweep:
         }
         for size in scores:
             scores[size][ORACLE] = importance[size]
-        keys, values = ([layer[index][:, :, :n] for layer in cache] for index in (0, 1))
-        return Prefill(keys, values, scores, importance)
+        states = [(layer[0], layer[1]) for layer in cache]  # (1, kv_heads, tokens, head_dim)
+        keys, values = ([states[layer][index][:, :, :n] for layer in self.layers] for index in (0, 1))
+        windows = {}
+        for layer in set(range(len(states))) - set(self.layers):
+            window = slice(max(0, n - self.model.config.sliding_window), n - 1)
+            windows[layer] = (states[layer][0][0, :, window], states[layer][1][0, :, window])
+        return Prefill(keys, values, scores, importance, windows)
 
     @contextmanager
     def _scoring(self, collected: dict[int, dict[PolicyKey, list[Tensor]]], seed: int) -> Iterator[None]:
         def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
             layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module carries its index
+            agents = self.layers.index(layer)
             stored = kwargs["past_key_values"].layers[layer]
             whole = LayerCache(module, kwargs["hidden_states"], stored.keys, stored.values, kwargs, seed)
             for size, by_key in collected.items():
                 view = whole.prefix(size)
                 for key, policy in self.policies.items():
-                    by_key.setdefault(key, []).append(policy(view.keys[0], view.values[0], layer=layer))
+                    by_key.setdefault(key, []).append(policy(view.keys[0], view.values[0], layer=agents))
                 for name, score in BASELINES.items():
                     by_key.setdefault(PolicyKey(name), []).append(score(view))
 
-        handles = [
-            layer.self_attn.register_forward_hook(hook, with_kwargs=True)
-            for layer in self.model.base_model.layers  # type: ignore[union-attr]
-        ]
+        body: Any = self.model.base_model
+        handles = [body.layers[layer].self_attn.register_forward_hook(hook, with_kwargs=True) for layer in self.layers]
         try:
             yield
         finally:
@@ -224,7 +238,10 @@ class Sweep:
         The last context token counts towards the budget, but is left out: it is fed again.
         """
         n = prefill.keys[0].shape[2]
-        cache = EvictedCache(reserve)
+        sliding = {
+            layer: SlidingLayer(self.model.config.sliding_window, *states) for layer, states in prefill.windows.items()
+        }
+        cache = EvictedCache(reserve, sliding)
         rows: list[tuple[PolicyKey, int | None]] = []
         for budget in self.budgets:
             # Sorted by position, and the last token is protected: it comes last.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import PipelineError
+from pipeline.layers import full_attention_layers
 from pipeline.models import head_shape
 from pipeline.policy.agents import Policy, load_policy
 
@@ -54,6 +55,21 @@ class KVPPress(ScorerPress):  # type: ignore[misc]  # kvpress is untyped
             )
         self.policy.to(model.device)
 
+    def compress(
+        self,
+        module: nn.Module,
+        hidden_states: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attentions: Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of the kept tokens; a layer that slides over a window keeps all it has."""
+        if module.layer_idx not in full_attention_layers(module.config):  # type: ignore[arg-type]
+            return keys, values
+        compressed: tuple[Tensor, Tensor] = super().compress(module, hidden_states, keys, values, attentions, kwargs)
+        return compressed
+
     @torch.no_grad()
     def score(
         self,
@@ -65,7 +81,8 @@ class KVPPress(ScorerPress):  # type: ignore[misc]  # kvpress is untyped
         kwargs: dict[str, Any],
     ) -> Tensor:
         """Scores of shape (batch, kv_heads, tokens), float32, higher = keep; protected tokens are +inf."""
-        layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module carries its index
+        # Every attention module carries its index in the model and the config.
+        layer = full_attention_layers(module.config).index(module.layer_idx)  # type: ignore[arg-type]
         scores = torch.stack([self.policy(*states, layer=layer) for states in zip(keys, values, strict=True)])
         scores[..., : self.n_sink] = float("inf")
         scores[..., max(scores.shape[-1] - self.n_recent, 0) :] = float("inf")

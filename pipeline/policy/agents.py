@@ -1,5 +1,8 @@
 """The agents: one small MLP per (layer, KV head), all of a model stacked and run with bmm.
 
+Layers are those that attend to the whole context, counted among themselves
+(``pipeline/layers.py`` has their numbers in the model).
+
 An agent sees the key, the value and the position of a token as they stand in the cache, and nothing
 else: no query, no attention weight, no future token (paper, section "Policy"). Heads are numbered
 layer-major: head = layer * kv_heads + kv_head. This file knows no training and no language model.
@@ -96,7 +99,7 @@ class Policy(nn.Module):
         keys, values
             (heads, n, head_dim), any floating dtype; the cache holds positions 0 .. n-1.
         layer
-            None for all heads of the model; otherwise ``heads`` are the kv_heads of this layer.
+            None for all heads of the model; otherwise ``heads`` are the kv_heads of this layer of the policy.
 
         Returns
         -------

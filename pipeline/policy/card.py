@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from pipeline.policy.agents import CONFIG_FILE
 
@@ -10,8 +11,9 @@ def model_card(directory: Path) -> str:
     """Markdown for a policy directory: what it is, what it was trained on, how to use it."""
     config = json.loads((directory / CONFIG_FILE).read_text())
     train, agent = config["params"], config["agent"]
-    rows = {
+    rows: dict[str, Any] = {
         "agents": f"{config['layers']} layers x {config['kv_heads']} KV heads",
+        **_ranked_layers(config["trace_shape"]["layer_numbers"]),
         "parameters per agent": f"{config['parameters_per_agent']:,}",
         "agent": f"MLP, {agent['hidden_layers']} hidden layers of {agent['hidden_width']}",
         "position features": ", ".join(agent["position_features"]) or "none",
@@ -41,3 +43,10 @@ with KVPPress(compression_ratio=0.75, policy_directory=directory)(model):
 It fits the cache of this model only. Rankings learned on one kind of text carry over to others to the
 degree that the project's report shows.
 """
+
+
+def _ranked_layers(numbers: list[int]) -> dict[str, str]:
+    # Only worth a line where the model has other layers in between, which slide over a window.
+    if list(numbers) == list(range(len(numbers))):
+        return {}
+    return {"ranked layers": f"{', '.join(map(str, numbers))} of the model; the others slide over a window and keep it"}

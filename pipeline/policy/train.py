@@ -95,7 +95,7 @@ def train_policy(
     policy = Policy(shape, _generator(params.seed, "weights")).to(device)
     _normalise(policy, reader)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay)
-    curves = _Curves(shape)
+    curves = _Curves(shape, trace.layer_numbers)
     done = _resume(work, policy, optimizer, curves)
     advance(done, "resumed" if done else "starting")
     for step, draw, (keys, values, record) in _prefetch(reader, params, done):
@@ -230,8 +230,8 @@ def _prefetch(
 class _Curves:
     """Per-head training curves in memory: (step, metric) -> (heads,) float32."""
 
-    def __init__(self, shape: PolicyShape) -> None:
-        self.shape = shape
+    def __init__(self, shape: PolicyShape, layer_numbers: tuple[int, ...]) -> None:
+        self.shape, self.layer_numbers = shape, layer_numbers
         self.points: list[tuple[int, str, Tensor]] = []
 
     def add(self, step: int, metric: str, values: Tensor) -> None:
@@ -239,7 +239,7 @@ class _Curves:
 
     def table(self) -> pl.DataFrame:
         heads = self.shape.heads
-        layer = torch.arange(heads) // self.shape.kv_heads
+        layer = torch.tensor(self.layer_numbers).repeat_interleave(self.shape.kv_heads)
         kv_head = torch.arange(heads) % self.shape.kv_heads
         frames = [
             pl.DataFrame(

@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.corpora.samples import Sample
+from pipeline.layers import full_attention_layers
 from pipeline.models import head_shape
 from pipeline.params import TracesParams
 from pipeline.traces.capture import LayerTrace, capture_sequence
@@ -33,7 +34,8 @@ def build_traces(
         Called with the number of sequences done (or found done) since the last call.
     """
     layers, kv_heads, head_dim = head_shape(model)
-    shape = TraceShape(model_name, corpus, layers, kv_heads, head_dim, params.block_size)
+    numbers = full_attention_layers(model.config)
+    shape = TraceShape(model_name, corpus, layers, kv_heads, head_dim, params.block_size, numbers)
     shards: dict[str, int] = {}
     for split, samples in splits.items():
         size = params.sequences_per_shard

@@ -3,7 +3,8 @@
 Capture is an attention function registered with transformers under the name ``kvp_capture``: model code
 stays as it is. The function computes ordinary causal attention in chunks of queries and, on the way,
 reduces the attention weights to the future-attention record (``pipeline/traces/importance.py``), so
-memory is O(tokens x query_chunk), never tokens x tokens for all heads.
+memory is O(tokens x query_chunk), never tokens x tokens for all heads. Layers that slide over a window run
+as they always do and leave no record.
 """
 
 from collections.abc import Iterator
@@ -13,9 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 
 from pipeline.errors import PipelineError
+from pipeline.layers import full_attention_layers
 
 ATTENTION_NAME = "kvp_capture"
 
@@ -67,6 +70,7 @@ def capture_attention(
     dropout: float = 0.0,
     *,
     scaling: float,
+    sliding_window: int | None = None,
     recorder: Recorder | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -78,6 +82,8 @@ def capture_attention(
         (1, heads, q, head_dim). The q queries are the last q of the ``tokens`` cached positions.
     key, value
         (1, kv_heads, tokens, head_dim).
+    sliding_window
+        Tokens that a query sees, itself included. Where that leaves tokens out, nothing is recorded.
 
     Returns
     -------
@@ -95,6 +101,8 @@ def capture_attention(
         )
     if query.shape[0] != 1 or attention_mask is not None:
         raise PipelineError("Attention is captured for one sequence at a time, without padding.")
+    if sliding_window is not None and key.shape[2] > sliding_window:
+        return _sliding_attention(query, key, value, scaling, sliding_window, recorder.query_chunk), None
     heads, q_len, head_dim = query.shape[1:]
     kv_heads, tokens = key.shape[1:3]
     groups = heads // kv_heads
@@ -129,6 +137,28 @@ def capture_attention(
     return output.view(1, heads, q_len, head_dim).transpose(1, 2).contiguous(), None
 
 
+def _sliding_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int, chunk: int) -> Tensor:
+    q_len, tokens = query.shape[2], key.shape[2]
+    offset = tokens - q_len  # position of the first query
+    outputs = []
+    for start in range(0, q_len, chunk):
+        stop = min(start + chunk, q_len)
+        first, last = max(offset + start - window + 1, 0), offset + stop  # tokens that any of these queries sees
+        position = torch.arange(offset + start, last, device=query.device)[:, None]
+        token = torch.arange(first, last, device=query.device)
+        outputs.append(
+            F.scaled_dot_product_attention(
+                query[:, :, start:stop],
+                key[:, :, first:last],
+                value[:, :, first:last],
+                attn_mask=(token <= position) & (token > position - window),
+                scale=scaling,
+                enable_gqa=True,
+            )
+        )
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
 AttentionInterface.register(ATTENTION_NAME, capture_attention)
 
 
@@ -147,30 +177,34 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
 def run_captured(
     model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache, block_size: int, query_chunk: int
 ) -> list[Tensor]:
-    """Append ``input_ids`` to ``cache`` and return the record of the new queries, one tensor per layer.
+    """Append ``input_ids`` to ``cache`` and return the record of the new queries.
 
     Parameters
     ----------
     input_ids
         (q,) int64 token ids that follow what the cache holds.
+    cache
+        A ``DynamicCache()`` that was given no config: sliding layers keep every token in it, like the others.
 
     Returns
     -------
-    list of (kv_heads, tokens, blocks) float32, ``tokens`` counting the cache after the call.
+    One (kv_heads, tokens, blocks) float32 tensor per layer of :func:`pipeline.layers.full_attention_layers`,
+    ``tokens`` counting the cache after the call.
     """
     recorder = Recorder(block_size, query_chunk)
     with attention_implementation(model, ATTENTION_NAME):
         body = model.base_model
         body(input_ids=input_ids[None].to(model.device), past_key_values=cache, use_cache=True, recorder=recorder)
-    return [recorder.records[layer] for layer in range(model.config.num_hidden_layers)]
+    return [recorder.records[layer] for layer in full_attention_layers(model.config)]
 
 
 def capture_sequence(model: PreTrainedModel, input_ids: Tensor, block_size: int, query_chunk: int) -> list[LayerTrace]:
-    """Prefill one sequence of n token ids and return one :class:`LayerTrace` per layer."""
-    cache = DynamicCache(config=model.config)
+    """Prefill one sequence of n token ids; returns one :class:`LayerTrace` per layer that sees the whole context."""
+    cache = DynamicCache()
     records = run_captured(model, input_ids, cache, block_size, query_chunk)
     traces = []
-    for layer, record in zip(cache.layers, records, strict=True):
+    for number, record in zip(full_attention_layers(model.config), records, strict=True):
+        layer = cache.layers[number]
         assert layer.keys is not None
         assert layer.values is not None
         traces.append(LayerTrace(keys=layer.keys[0], values=layer.values[0], record=record))

@@ -33,7 +33,10 @@ MANIFEST = "manifest.json"
 
 @dataclass(frozen=True)
 class TraceShape:
-    """What all shards of one directory share."""
+    """What all shards of one directory share.
+
+    ``layer_numbers`` are the model's numbers of the ``layers`` captured ones, all of them where none are given.
+    """
 
     model: str
     corpus: str
@@ -41,6 +44,11 @@ class TraceShape:
     kv_heads: int
     head_dim: int
     block_size: int
+    layer_numbers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        # A manifest holds a list; one written before a model could have other layers holds none.
+        object.__setattr__(self, "layer_numbers", tuple(self.layer_numbers or range(self.layers)))
 
     def schema(self) -> pa.Schema:
         """Arrow schema of a shard file."""
@@ -89,16 +97,16 @@ def write_shard(
     """
     schema = shape.schema()
     directory = root / split
-    temporary = {layer: directory / f"layer={layer:02d}" / f".{shard_name(shard)}.tmp" for layer in range(shape.layers)}
+    temporary = [directory / f"layer={layer:02d}" / f".{shard_name(shard)}.tmp" for layer in shape.layer_numbers]
     written: list[dict[str, Any]] = []
     with disk_errors(directory):
         writers: list[pq.ParquetWriter] = []
         try:
-            for path in temporary.values():
+            for path in temporary:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 writers.append(_open_writer(path, schema))
             for group, (index, sample_id, layers) in enumerate(sequences):
-                for layer, (writer, trace) in enumerate(zip(writers, layers, strict=True)):
+                for layer, writer, trace in zip(shape.layer_numbers, writers, layers, strict=True):
                     for table in _tables(index, sample_id, layer, trace, shape, schema):
                         writer.write_table(table, row_group_size=table.num_rows)
                 written.append(
@@ -107,13 +115,13 @@ def write_shard(
         except BaseException:
             for writer in writers:
                 writer.close()
-            for path in temporary.values():
+            for path in temporary:
                 path.unlink(missing_ok=True)
             raise
         for writer in writers:
             writer.close()
         files = []
-        for path in temporary.values():
+        for path in temporary:
             final = path.with_name(f"{shard_name(shard)}.parquet")
             path.replace(final)
             files.append(
@@ -228,7 +236,7 @@ class TraceReader:
         self._lock = threading.Lock()
 
     def read_layer(self, layer: int, sequence: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values (kv_heads, n, head_dim) and record (kv_heads, n, blocks) of one layer, float16."""
+        """Keys and values (kv_heads, n, head_dim) and record (kv_heads, n, blocks) of a layer (its number), float16."""
         info, shape = self.sequences[sequence], self.shape
         file = self._open(layer, info.shard)
         groups = range(info.group * shape.kv_heads, (info.group + 1) * shape.kv_heads)
@@ -249,7 +257,7 @@ class TraceReader:
             if sequence in self._memory:
                 self._memory.move_to_end(sequence)
                 return self._memory[sequence]
-        parts = [self.read_layer(layer, sequence) for layer in range(self.shape.layers)]
+        parts = [self.read_layer(layer, sequence) for layer in self.shape.layer_numbers]
         keys, values, record = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         with self._lock:
             size = sum(tensor.nbytes for tensor in (keys, values, record))

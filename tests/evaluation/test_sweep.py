@@ -13,20 +13,19 @@ from pipeline.corpora.samples import Sample
 from pipeline.errors import PipelineError
 from pipeline.evaluation.sweep import COST_GRID, FULL, ORACLE, Outcome, PolicyKey, Sweep, ranking_costs
 from pipeline.eviction.baselines import BASELINES
+from pipeline.layers import full_attention_layers
+from pipeline.models import head_shape
 from pipeline.params import AgentParams, EvaluationParams, TracesParams
 from pipeline.policy.agents import Policy, PolicyShape
-from tests.conftest import MakeModel
+from tests.conftest import FAMILIES, MakeModel
 from tests.eviction.prefills import layer_caches
 
 IDS = (torch.arange(209) * 37 % 125 + 3).tolist()
 PROMPT_LEN = 201
 N = PROMPT_LEN
 MIDDLE = 96  # the largest multiple of the block size below N / 2 = 100
-SHAPE = PolicyShape(3, 2, 16, AgentParams(hidden_width=8, hidden_layers=1, position_features=("age",)))
-POLICIES = {
-    PolicyKey("kvp-exact", "ruler"): Policy(SHAPE, torch.Generator().manual_seed(0)),
-    PolicyKey("kvp-exact", "dialogues"): Policy(SHAPE, torch.Generator().manual_seed(1)),
-}
+AGENT = AgentParams(hidden_width=8, hidden_layers=1, position_features=("age",))
+TRAINED = {PolicyKey("kvp-exact", "ruler"): 0, PolicyKey("kvp-exact", "dialogues"): 1}  # and the seed of each
 
 
 class Letters:
@@ -57,11 +56,15 @@ def make_sample(answers: tuple[str, ...] = (), question_start: int | None = None
 def make_sweep(model: PreTrainedModel, budgets: tuple[int, ...] = (24, 48, N)) -> Sweep:
     evaluation = EvaluationParams(budgets=budgets, n_sink=4, n_recent=16, seed=0)
     traces = TracesParams(block_size=16, query_chunk=32, sequences_per_shard=2)
-    return Sweep(model, Letters(), POLICIES, evaluation, traces, budgets)  # type: ignore[arg-type]
+    policies = {
+        key: Policy(PolicyShape(*head_shape(model), AGENT), torch.Generator().manual_seed(seed))
+        for key, seed in TRAINED.items()
+    }
+    return Sweep(model, Letters(), policies, evaluation, traces, budgets)  # type: ignore[arg-type]
 
 
 def expected_rows(budgets: Sequence[int]) -> set[tuple[PolicyKey, int | None]]:
-    keys = {*POLICIES, ORACLE, *map(PolicyKey, BASELINES)}
+    keys = {*TRAINED, ORACLE, *map(PolicyKey, BASELINES)}
     return {(key, budget) for key in keys for budget in budgets} | {(FULL, None)}
 
 
@@ -82,8 +85,8 @@ def eager_importance(model: PreTrainedModel, cache_size: int, last: int) -> Tens
         attentions = model(torch.tensor(IDS)[None], output_attentions=True).attentions
     model.set_attn_implementation("sdpa")
     layers = []
-    for attention in attentions:
-        grouped = attention[0].double().view(2, 3, len(IDS), len(IDS))  # (kv_heads, group, queries, tokens)
+    for number in full_attention_layers(model.config):
+        grouped = attentions[number][0].double().view(2, 3, len(IDS), len(IDS))  # (kv_heads, group, queries, tokens)
         layers.append(grouped.amax(1)[:, cache_size:last, :cache_size].sum(1))
     return torch.stack(layers)
 
@@ -101,8 +104,9 @@ def test_the_rows_are_policies_times_budgets_and_full(answers: tuple[str, ...], 
     }
 
 
-def test_the_oracle_knows_the_true_importance_at_both_cache_sizes(make_model: MakeModel) -> None:
-    model = make_model("llama")
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_oracle_knows_the_true_importance_at_both_cache_sizes(family: str, make_model: MakeModel) -> None:
+    model = make_model(family)
     prefill = make_sweep(model).prefill(make_sample(), seed=1)
     assert set(prefill.importance) == {MIDDLE, N}
     for size in (MIDDLE, N):
@@ -111,23 +115,28 @@ def test_the_oracle_knows_the_true_importance_at_both_cache_sizes(make_model: Ma
         assert torch.equal(prefill.scores[size][ORACLE], prefill.importance[size])
 
 
-def test_policies_and_baselines_are_scored_as_after_a_plain_prefill(make_model: MakeModel) -> None:
-    model = make_model("llama")
-    prefill = make_sweep(model).prefill(make_sample(), seed=5)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_policies_and_baselines_are_scored_as_after_a_plain_prefill(family: str, make_model: MakeModel) -> None:
+    model = make_model(family)
+    sweep = make_sweep(model)
+    prefill = sweep.prefill(make_sample(), seed=5)
     for size in (MIDDLE, N):
-        for layer, cache in enumerate(layer_caches(model, torch.tensor(IDS[:size]), seed=5)):
+        caches = layer_caches(model, torch.tensor(IDS[:size]), seed=5)
+        for layer, number in enumerate(full_attention_layers(model.config)):
+            cache = caches[number]
             for name, score in BASELINES.items():
                 if name != "lagkv":
                     found = prefill.scores[size][PolicyKey(name)][layer]
                     torch.testing.assert_close(found, score(cache), rtol=1e-3, atol=1e-4)
-            for key, policy in POLICIES.items():
+            for key, policy in sweep.policies.items():
                 with torch.no_grad():
                     expected = policy(cache.keys[0], cache.values[0], layer=layer)
                 torch.testing.assert_close(prefill.scores[size][key][layer], expected, rtol=1e-3, atol=1e-4)
 
 
-def test_full_is_the_plain_model_and_keeping_all_equals_full(make_model: MakeModel) -> None:
-    model = make_model("llama")
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_full_is_the_plain_model_and_keeping_all_equals_full(family: str, make_model: MakeModel) -> None:
+    model = make_model(family)
     rows = by_row(make_sweep(model).run(make_sample(), seed=1)[0])
     with torch.no_grad():
         logits = model(torch.tensor(IDS)[None]).logits[0, PROMPT_LEN - 1 : -1]
@@ -145,8 +154,9 @@ def test_full_is_the_plain_model_and_keeping_all_equals_full(make_model: MakeMod
     assert len(evicted) > 10  # small budgets do change the likelihood, each in its own way
 
 
-def test_full_writes_what_generate_writes(make_model: MakeModel) -> None:
-    model = make_model("llama")
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_full_writes_what_generate_writes(family: str, make_model: MakeModel) -> None:
+    model = make_model(family)
     with torch.no_grad():
         expected = model.generate(
             torch.tensor(IDS[:PROMPT_LEN])[None],
@@ -157,7 +167,7 @@ def test_full_writes_what_generate_writes(make_model: MakeModel) -> None:
     text = Letters().decode(expected[0, PROMPT_LEN:].tolist(), skip_special_tokens=True)
     rows = by_row(make_sweep(model).run(make_sample((text[:3], "zzzzzz")), seed=1)[0], "string_match")
     assert rows[FULL, None].value == 0.5
-    assert {rows[key, N].value for key in (ORACLE, *POLICIES)} == {0.5}
+    assert {rows[key, N].value for key in (ORACLE, *TRAINED)} == {0.5}
     # With every answer found the row is finished, before all tokens are written.
     rows = by_row(make_sweep(model).run(make_sample((text[:3],)), seed=1)[0], "string_match")
     assert (rows[FULL, None].value, rows[FULL, None].n_tokens) == (1.0, 3)
@@ -180,7 +190,7 @@ def test_a_budget_above_the_cache_is_one_sentence(make_model: MakeModel) -> None
 def test_a_context_shorter_than_a_budget_stays_whole_where_that_is_allowed(make_model: MakeModel) -> None:
     sweep = dataclasses.replace(make_sweep(make_model("llama"), (24, N + 1)), whole_if_shorter=True)
     rows = by_row(sweep.run(make_sample(), seed=1)[0])
-    for key in POLICIES:
+    for key in TRAINED:
         assert rows[key, N + 1].value == pytest.approx(rows[FULL, None].value, rel=1e-4)
         assert rows[key, 24].value != pytest.approx(rows[FULL, None].value, rel=1e-4)
 

@@ -8,6 +8,8 @@ import torch
 from pipeline.errors import PipelineError
 from pipeline.eviction.budget import kept_tokens, protected_ranking
 from pipeline.eviction.press import KVPPress
+from pipeline.layers import full_attention_layers
+from pipeline.models import head_shape
 from pipeline.params import AgentParams
 from pipeline.policy.agents import Policy, PolicyShape, save_policy
 from tests.conftest import MakeModel
@@ -24,22 +26,35 @@ def saved(directory: Path, layers: int = 3, kv_heads: int = 2, head_dim: int = 1
 
 @pytest.mark.parametrize("protected", [(0, 0), (4, 16)])
 @pytest.mark.parametrize("ratio", [0.5, 0.9])
-@pytest.mark.parametrize("family", ["llama", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3"])
 def test_the_press_keeps_what_the_policy_ranks_first(
     family: str, ratio: float, protected: tuple[int, int], make_model: MakeModel, tmp_path: Path
 ) -> None:
     model = make_model(family)
-    press = KVPPress(ratio, saved(tmp_path), *protected)
-    cache = compressed(model, PROMPT, press)
+    layers, kv_heads, _ = head_shape(model)
+    press = KVPPress(ratio, saved(tmp_path, layers), *protected)
+    cache, caches = compressed(model, PROMPT, press), layer_caches(model, PROMPT)
     heads = set()
-    for index, (theirs, layer) in enumerate(zip(cache.layers, layer_caches(model, PROMPT), strict=True)):
+    for index, number in enumerate(full_attention_layers(model.config)):
+        theirs, layer = cache.layers[number], caches[number]
         with torch.no_grad():
             scores = press.policy(layer.keys[0], layer.values[0], layer=index)
         ours = kept_tokens(protected_ranking(scores, *protected), theirs.keys.shape[2])
         kept = token_indices(theirs.keys[0], layer.keys[0])
         assert torch.equal(kept, ours)
         heads |= {tuple(head) for head in kept.tolist()}
-    assert len(heads) == 6  # every head keeps its own tokens
+    assert len(heads) == layers * kv_heads  # every head keeps its own tokens
+
+
+def test_layers_that_slide_over_a_window_keep_it(make_model: MakeModel, tmp_path: Path) -> None:
+    model = make_model("gemma3")
+    cache = compressed(model, PROMPT, KVPPress(0.9, saved(tmp_path, layers=2)))
+    plain = layer_caches(model, PROMPT)
+    tokens = {number: layer.keys.shape[2] for number, layer in enumerate(cache.layers)}
+    assert tokens == {0: 23, 1: 30, 2: 23, 3: 30}
+    for number in (0, 2):
+        torch.testing.assert_close(cache.layers[number].keys, plain[number].keys)
+        torch.testing.assert_close(cache.layers[number].values, plain[number].values)
 
 
 def test_the_first_4_and_last_16_are_kept_by_default(make_model: MakeModel, tmp_path: Path) -> None:

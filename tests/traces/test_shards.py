@@ -1,5 +1,6 @@
 """Shards: what is written is read back, in the same bytes, or refused with one sentence."""
 
+import dataclasses
 import errno
 import json
 from pathlib import Path
@@ -57,6 +58,18 @@ def test_reading_returns_what_was_written(tmp_path: Path) -> None:
                     rtol=0,
                     atol=0,
                 )
+
+
+def test_layers_carry_the_models_numbers(tmp_path: Path) -> None:
+    shape = dataclasses.replace(SHAPE, layer_numbers=(5, 11))
+    traces = random_traces(20, 0)
+    write_shard(tmp_path, "train", 0, shape, [(0, "a", traces)])
+    write_manifest(tmp_path, shape, {"train": 1})
+    assert sorted(path.name for path in (tmp_path / "train").glob("layer=*")) == ["layer=05", "layer=11"]
+    reader = TraceReader(tmp_path, "train", cache_bytes=0)
+    assert reader.shape == shape
+    assert torch.equal(reader.read_layer(11, 0)[0], traces[1].keys.half())
+    assert torch.equal(reader.read(0)[0][3:], traces[1].keys.half())
 
 
 def test_polars_reads_one_head_lazily(tmp_path: Path) -> None:
