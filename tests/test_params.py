@@ -98,6 +98,10 @@ MISTAKES = {
     ),
     "model that is not there": (put("matrix.model", ["gpt-5"]), "matrix.model names 'gpt-5', which is not in models"),
     "corpus that is not there": (put("matrix.corpus", ["wiki"]), "matrix.corpus names 'wiki', which is not in corpora"),
+    "examples of a corpus that is not there": (
+        put("examples.tasks", {"wiki": ["vt"]}),
+        "examples.tasks names 'wiki', which is not in corpora",
+    ),
     "name that leaves the folder": (put("profile", "../x"), "profile: "),
 }
 
