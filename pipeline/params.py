@@ -276,8 +276,17 @@ class EvaluationParams(_Section):
         return self
 
 
+class ExamplesParams(_Section):
+    """Texts that are shown token by token: per corpus, the first test sample of each of these tasks.
+
+    Of a corpus that is not named, the first test sample.
+    """
+
+    tasks: dict[Name, Annotated[tuple[str, ...], Field(min_length=1)]]
+
+
 class ReportParams(_Section):
-    """Bootstrap of the tables and the head shown in figure 5a."""
+    """Bootstrap of the tables and the head shown in figures 1 and 5a."""
 
     bootstrap_samples: PositiveInt
     confidence: Annotated[float, Field(gt=0, lt=1)]
@@ -296,6 +305,7 @@ class Params(_Section):
     traces: TracesParams
     train: TrainParams
     evaluation: EvaluationParams
+    examples: ExamplesParams
     report: ReportParams
 
     @model_validator(mode="after")
@@ -319,6 +329,9 @@ class Params(_Section):
                     f"corpora.{name}: the smallest budget, {self.budgets(name)[0]}, is below the {protected} protected "
                     "tokens"
                 )
+        for name in self.examples.tasks:
+            if name not in self.corpora:
+                raise ValueError(f"examples.tasks names '{name}', which is not in corpora")
         return self
 
     def budgets(self, corpus: str) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
     """Evaluate every policy of MODEL on CORPUS into evaluations/MODEL/CORPUS."""
     from pipeline.corpora.samples import read_samples
     from pipeline.evaluation.results import cost_table, evaluation_table, merge_parts, write_part
-    from pipeline.evaluation.sweep import PolicyKey, Sweep
+    from pipeline.evaluation.sweep import Sweep, policy_directories
     from pipeline.models import load_model, load_tokenizer
     from pipeline.params import TRAINABLE, entry, load_params
     from pipeline.policy.agents import load_policy
@@ -20,12 +20,7 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
     dtype = entry(params.models, model, "models").dtype
     kind, budgets = entry(params.corpora, corpus, "corpora").kind, params.budgets(corpus)
     weights, test = Path("models") / model, Path("samples") / model / corpus / "test.parquet"
-    # Only what the matrix lists: a policy that was dropped from it may still lie on disk.
-    directories = {
-        PolicyKey(f"kvp-{estimator}", source): Path("policies") / model / source / estimator
-        for source in params.matrix.corpus
-        for estimator in params.matrix.estimator
-    }
+    directories = policy_directories(Path("policies") / model, params.matrix)
     identity = {
         "evaluation": params.evaluation.model_dump(mode="json"),
         "budgets": budgets,

@@ -15,11 +15,12 @@ def report(
     policies: Annotated[Path, typer.Option(help="Where the train stage wrote.")] = Path("policies"),
     samples: Annotated[Path, typer.Option(help="Where the samples stage wrote.")] = Path("samples"),
     models: Annotated[Path, typer.Option(help="Where the model stage wrote.")] = Path("models"),
+    examples: Annotated[Path, typer.Option(help="Where the examples stage wrote.")] = Path("examples"),
     params_file: Annotated[Path, typer.Option("--params", help="The params file.")] = Path("params.yaml"),
 ) -> None:
     """Show the results as figures and one self-contained page."""
     from pipeline.params import load_params
-    from pipeline.reporting import figures, page, tables
+    from pipeline.reporting import figures, page, tables, tokens
     from pipeline.workdir import publish, work_directory, write_text
 
     params = load_params(params_file)
@@ -44,12 +45,17 @@ def report(
     drawings = figures.drawings(
         figures.Tables(numbers.scores, numbers.tasks, tables.cost_curves(cost), training), params.matrix, params.report
     )
+    texts = tokens.read_texts(examples, samples, params.matrix)
+    budget = params.evaluation.budgets[len(params.evaluation.budgets) // 2]
+    drawings += tokens.drawings(texts, budget, params.report)
+    drawings.sort(key=lambda drawing: drawing.file)
+    block = tokens.page_block(texts, budget, params.report)
 
     identity = {"matrix": params.matrix.model_dump(mode="json"), "report": params.report.model_dump(mode="json")}
-    work = work_directory("report", identity, [results])
+    work = work_directory("report", identity, [results, examples])
     drawn = [(drawing, figures.save(drawing, work)) for drawing in drawings]
     recorded = page.recorded_sources(models, samples, params)
-    write_text(REPORTS / "index.html", page.render(params, numbers, drawn, recorded))
+    write_text(REPORTS / "index.html", page.render(params, numbers, drawn, recorded, block))
     publish(work, REPORTS / "figures")
 
 

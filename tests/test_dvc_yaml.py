@@ -125,7 +125,7 @@ def test_run_time_resources_are_no_params(stage: str) -> None:
 
 def test_a_fan_in_lists_the_matrix() -> None:
     # A stage that reads a directory of many outputs must notice when an entry is dropped.
-    fanned = {"evaluations", "policies", "samples", "models", "traces", "policies/${item.model}"}
+    fanned = {"evaluations", "examples", "policies", "samples", "models", "traces", "policies/${item.model}"}
     for name, stage in STAGES.items():
         if fanned & set(stage.get("deps", [])):
             assert "matrix" in stage["params"], name

@@ -162,6 +162,10 @@ MISTAKES = {
         put("corpora.boolq", CHOICE | {"budgets": [32, 16]}),
         "corpora.boolq.budgets: budgets must be distinct and ascending",
     ),
+    "examples of a corpus that is not there": (
+        put("examples.tasks", {"wiki": ["vt"]}),
+        "examples.tasks names 'wiki', which is not in corpora",
+    ),
     "name that leaves the folder": (put("profile", "../x"), "profile: "),
 }
 

@@ -143,7 +143,7 @@ def interrupt(directory: Path, pattern: str, stage: str, *arguments: str) -> Pat
 def test_every_stage_ran_once(run: Run) -> None:
     matrix = [f"{MODEL}-{corpus}" for corpus in run.params.matrix.corpus]
     expected = {f"model@{MODEL}", "results", "report"}
-    expected |= {f"{stage}@{entry}" for stage in ("samples", "traces", "evaluate") for entry in matrix}
+    expected |= {f"{stage}@{entry}" for stage in ("samples", "traces", "evaluate", "examples") for entry in matrix}
     expected |= {f"train@{entry}-{estimator}" for entry in matrix for estimator in run.params.matrix.estimator}
     assert stages_run(run.output) == expected
     assert "Traceback" not in run.output
@@ -234,7 +234,8 @@ def test_push_and_pull_restore_all_and_track_fills_mlflow(run: Run, space: Path)
     call(clone, "dvc", "remote", "add", "--local", "--default", "storage", str(space / "storage"))
     call(clone, "dvc", "pull")
     assert UP_TO_DATE in call(clone, "dvc", "status")
-    for name in ("models", "samples", "traces", "policies", "evaluations", "results", "reports", "metrics", "plots"):
+    outs = "models samples traces policies evaluations examples results reports metrics plots"
+    for name in outs.split():
         restored, original = ({str(path.relative_to(root)) for path in (root / name).rglob("*") if path.is_file()}
                               for root in (clone, run.directory))  # fmt: skip
         assert restored == original

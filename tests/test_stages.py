@@ -19,6 +19,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "traces": RULER,
     "train": (*RULER, "--estimator", "exact"),
     "evaluate": RULER,
+    "examples": RULER,
     "results": (),
     "report": (),
     "track": (),
@@ -98,6 +99,7 @@ def test_an_unknown_key_is_one_sentence(name: str, directory: Path) -> None:
         ("traces", r"samples/smollm2-135m/ruler/train\.parquet .*run the samples stage"),
         ("train", r"traces/smollm2-135m/ruler does not exist; run the stage that makes it"),
         ("evaluate", r"models/smollm2-135m does not exist; run the stage that makes it"),
+        ("examples", r"models/smollm2-135m does not exist; run the stage that makes it"),
         ("results", r"evaluations/smollm2-135m/ruler/evaluation\.parquet does not exist"),
         ("report", r"results/evaluation\.parquet does not exist"),
         ("track", r"policies/smollm2-135m/ruler/exact/config\.json does not exist; run the train stage"),
@@ -114,6 +116,7 @@ def test_missing_upstream_is_one_sentence(name: str, message: str, directory: Pa
         ("samples", (*MODEL, "--corpus", "wiki"), r"corpora has no 'wiki'; it has dialogues, ruler\."),
         ("traces", ("--model", "gpt-5", "--corpus", "ruler"), r"models has no 'gpt-5'; it has smollm2-135m\."),
         ("evaluate", ("--model", "gpt-5", "--corpus", "ruler"), r"models has no 'gpt-5'; it has smollm2-135m\."),
+        ("examples", ("--model", "gpt-5", "--corpus", "ruler"), r"models has no 'gpt-5'; it has smollm2-135m\."),
     ],
 )
 def test_an_unknown_name_lists_the_known(name: str, arguments: tuple[str, ...], message: str, directory: Path) -> None:

@@ -6,12 +6,13 @@ last token, which every budget keeps, is then fed once more against the evicted 
 predicted token, the first included, comes from what is left. A late question comes after the eviction.
 Layers that slide over a window are not ranked: they hold what they hold in a plain run. "Layers" below are
 the others, in the order of ``pipeline/layers.py``.
-It knows no files; ``pipeline/evaluation/results.py`` names the columns.
+It reads and writes no files; ``pipeline/evaluation/results.py`` names the columns.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from pipeline.eviction.baselines import BASELINES, SHORTEST_CACHE, LayerCache
 from pipeline.eviction.budget import gather_tokens, kept_tokens, protected_ranking
 from pipeline.layers import full_attention_layers
 from pipeline.models import end_token_ids
-from pipeline.params import EvaluationParams, TracesParams
+from pipeline.params import EvaluationParams, MatrixParams, TracesParams
 from pipeline.policy.agents import Policy
 from pipeline.policy.ranking import cost_at_budgets, optimal_total_cost, rank, total_cost
 from pipeline.traces.capture import run_captured
@@ -47,6 +48,18 @@ class PolicyKey:
 
 
 FULL, ORACLE = PolicyKey("full"), PolicyKey("oracle")
+
+
+def policy_directories(root: Path, matrix: MatrixParams) -> dict[PolicyKey, Path]:
+    """Where the policies of a model lie below ``root``.
+
+    Only what the matrix lists: a policy that was dropped from it may still lie on disk.
+    """
+    return {
+        PolicyKey(f"kvp-{estimator}", source): root / source / estimator
+        for source in matrix.corpus
+        for estimator in matrix.estimator
+    }
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,19 @@ def save(drawing: Drawing, directory: Path) -> Path:
     return path
 
 
+def example_head(layers: Sequence[int], kv_heads: Sequence[int], report: ReportParams) -> tuple[int, int]:
+    """The (layer, kv_head) that figures of one head show; one near the middle where a model lacks the chosen one."""
+    layer = report.example_layer if report.example_layer in layers else layers[len(layers) // 2]
+    return layer, report.example_kv_head if report.example_kv_head in kv_heads else kv_heads[0]
+
+
+def evenly_spaced(values: list[int], count: int) -> list[int]:
+    """At most ``count`` >= 2 of ``values``, the first and the last among them."""
+    if len(values) <= count:
+        return values
+    return [values[round(i * (len(values) - 1) / (count - 1))] for i in range(count)]
+
+
 def draw_scores(scores: pl.DataFrame) -> Figure:
     """Each benchmark's metric against the budget, one panel for each (figure 2)."""
     panels = scores.select("benchmark", "metric").unique().sort("metric", "benchmark").rows()
@@ -245,12 +258,11 @@ def _cost_drawings(cost_curves: pl.DataFrame, model: str, corpus: str, report: R
     kv_heads = curves["kv_head"].unique().sort().to_list()
     if not layers:
         return []
-    shown = _evenly_spaced(layers, GRID_LAYERS)
+    shown = evenly_spaced(layers, GRID_LAYERS)
     which = "every layer" if shown == layers else f"{len(shown)} of {len(layers)} layers, evenly spaced"
     heads = [(layer, kv_head) for layer in shown for kv_head in kv_heads]
     first_heads = [(layer, kv_heads[0]) for layer in layers]
-    layer = report.example_layer if report.example_layer in layers else layers[len(layers) // 2]
-    kv_head = report.example_kv_head if report.example_kv_head in kv_heads else kv_heads[0]
+    layer, kv_head = example_head(layers, kv_heads, report)
     one = curves.filter(pl.col("layer") == layer, pl.col("kv_head") == kv_head)
     where = f"on {names.corpus_title(corpus)}, {model}"
     stem = f"{model}_{corpus}"
@@ -371,9 +383,3 @@ def _grid(
         # The panel above an empty place ends its column: it needs the tick labels.
         axes[place - columns].tick_params(labelbottom=True)
     return figure, axes[:count]
-
-
-def _evenly_spaced(values: list[int], count: int) -> list[int]:
-    if len(values) <= count:
-        return values
-    return [values[round(i * (len(values) - 1) / (count - 1))] for i in range(count)]

@@ -1,6 +1,7 @@
-"""The report as one HTML file without network access: images inline, style inline, no script.
+"""The report as one HTML file without network access: images, style and the one script inline.
 
-It arranges tables, figures and findings; the words of the page are in ``page.html.jinja``.
+It arranges tables, figures and findings; the words of the page are in ``page.html.jinja``. Without scripts all of it
+can be read but the block of coloured texts (``tokens.html.jinja``).
 """
 
 import base64
@@ -70,7 +71,11 @@ class Numbers:
 
 
 def render(
-    params: Params, numbers: Numbers, drawings: Sequence[tuple[Drawing, Path]], recorded: dict[str, dict[str, Any]]
+    params: Params,
+    numbers: Numbers,
+    drawings: Sequence[tuple[Drawing, Path]],
+    recorded: dict[str, dict[str, Any]],
+    texts: dict[str, Any],
 ) -> str:
     """The page.
 
@@ -80,6 +85,8 @@ def render(
         Figures with the PNG each was drawn to.
     recorded
         What the fetching stages recorded about sources, by what they are (see :func:`recorded_sources`).
+    texts
+        The block of coloured texts (``tokens.page_block``).
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
@@ -110,6 +117,7 @@ def render(
             }
             for drawing, path in drawings
         ],
+        texts=texts,
         tables=_number_tables(numbers),
         licences=_licence_table(params, recorded),
         render_table=render_table,

@@ -28,6 +28,13 @@ SKILL = {
     ("snapkv", None): 1.7,
     ("tova", None): 1.2,
 }
+# A text with a needle, a number of several tokens, line breaks and a special token.
+TOKENS = [
+    "<|im_start|>", "\n", *[" the", " grass", " is", " gre", "en", "."] * 7, " The", " num", "ber", " is",
+    " 7", "3", "9", "1", ".", "\n", "\n", " What", " is", " it", "?",
+]  # fmt: skip
+ANSWER = "7391"
+EXAMPLE_LAYERS = 9
 POLICY_SCHEMA = {"policy": pl.String, "trained_on": pl.String}
 
 
@@ -46,7 +53,7 @@ FULL_SIZE = Size(layers=30, kv_heads=3, per_task=3, dialogues=30, steps=300)
 
 
 def write_results(root: Path, size: Size = Size(), seed: int = 0) -> Params:
-    """Fill ``root`` with params.yaml, evaluations, policies and samples; returns the params."""
+    """Fill ``root`` with params.yaml, evaluations, policies, examples and samples; returns the params."""
     shutil.copy(REPOSITORY / "params.yaml", root / "params.yaml")
     params = load_params(root / "params.yaml")
     generator = np.random.default_rng(seed)
@@ -58,6 +65,8 @@ def write_results(root: Path, size: Size = Size(), seed: int = 0) -> Params:
         directory = root / "evaluations" / MODEL / corpus
         _write(make_evaluation(corpus, samples, params.evaluation.budgets, generator), directory / "evaluation.parquet")
         _write(make_cost(corpus, samples, size, generator), directory / "cost.parquet")
+        examples = make_examples(samples, params.examples.tasks.get(corpus), size, generator)
+        _write(examples, root / "examples" / MODEL / corpus / "tokens.parquet")
         for estimator in ("exact", "rloo"):
             write_policy(root / "policies" / MODEL / corpus / estimator, size, params, generator)
     (root / "models" / MODEL).mkdir(parents=True)
@@ -66,7 +75,7 @@ def write_results(root: Path, size: Size = Size(), seed: int = 0) -> Params:
 
 
 def make_samples(corpus: str, size: Size, generator: np.random.Generator) -> pl.DataFrame:
-    """sample_id, task, prompt_len."""
+    """sample_id, task, prompt_len, answers."""
     names = RULER_TASKS if corpus == "ruler" else ("dialogues",)
     count = size.per_task if corpus == "ruler" else size.dialogues
     tasks = [task for task in names for _ in range(count)]
@@ -75,8 +84,43 @@ def make_samples(corpus: str, size: Size, generator: np.random.Generator) -> pl.
             "sample_id": [f"{corpus}-{i:04d}" for i in range(len(tasks))],
             "task": tasks,
             "prompt_len": generator.integers(700, 1000, len(tasks)),
-        }
+            "answers": [[ANSWER] if corpus == "ruler" else [] for _ in tasks],
+        },
+        schema_overrides={"answers": pl.List(pl.String)},
     )
+
+
+def make_examples(
+    samples: pl.DataFrame, tasks: tuple[str, ...] | None, size: Size, generator: np.random.Generator
+) -> pl.DataFrame:
+    """Ranked tokens of the first sample of each task, as the examples stage writes them."""
+    first = samples.unique("task", keep="first", maintain_order=True)
+    chosen = [first.row(by_predicate=pl.col("task") == task) for task in tasks] if tasks else [samples.row(0)]
+    shape = (EXAMPLE_LAYERS, size.kv_heads, len(TOKENS))
+    layer, kv_head, position = (axis.ravel() for axis in np.indices(shape))
+    frames = []
+    for sample_id, task, *_ in chosen:
+        importance = generator.lognormal(0, 2, shape).astype(np.float32)
+        for (policy, trained_on), skill in SKILL.items():
+            scores = np.log(importance) + (3 - skill) * generator.normal(0, 2, shape)
+            columns = {
+                "layer": pl.Series(layer, dtype=pl.Int16),
+                "kv_head": pl.Series(kv_head, dtype=pl.Int16),
+                "position": pl.Series(position, dtype=pl.Int32),
+                "token": pl.Series(TOKENS).gather(position),
+                "importance": importance.ravel(),
+                "rank": pl.Series((-scores).argsort(axis=-1).argsort(axis=-1).ravel(), dtype=pl.Int32),
+            }
+            frames.append(
+                pl.DataFrame(columns).select(
+                    pl.lit(sample_id).alias("sample_id"),
+                    pl.lit(task).alias("task"),
+                    pl.lit(policy).alias("policy"),
+                    pl.lit(trained_on, dtype=pl.String).alias("trained_on"),
+                    pl.all(),
+                )
+            )
+    return pl.concat(frames)
 
 
 def make_evaluation(

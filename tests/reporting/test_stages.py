@@ -12,7 +12,7 @@ import pytest
 from pipeline.errors import PipelineError
 from stages.report import report
 from stages.results import results
-from tests.reporting.synthetic import MODEL, REPOSITORY
+from tests.reporting.synthetic import MODEL, REPOSITORY, TOKENS
 
 DIRECTORIES = (Path("evaluations"), Path("policies"))
 
@@ -22,7 +22,8 @@ def _results() -> None:
 
 
 def _report() -> None:
-    report(Path("results"), Path("policies"), Path("samples"), Path("models"), Path("params.yaml"))
+    directories = (Path(name) for name in ("results", "policies", "samples", "models", "examples"))
+    report(*directories, Path("params.yaml"))
 
 
 def test_results_merge_and_summarise(run_directory: Path) -> None:
@@ -57,9 +58,11 @@ def test_the_page_stands_alone_and_says_what_it_shows(run_directory: Path) -> No
     _report()
     page = Path("reports/index.html").read_text()
     figures = sorted(Path("reports/figures").iterdir())
-    assert page.count('src="data:image/png;base64,') == len(figures) == 9
+    assert page.count('src="data:image/png;base64,') == len(figures) == 13
     assert not re.search(r'(?:src|href)="(?!data:|#)', page)
-    assert "<script" not in page
+    assert not re.search(r"fetch\(|XMLHttpRequest|import\(|<script[^>]* src", page)
+    (block,) = re.findall(r'<script type="application/json" id="token-data">(.*?)</script>', page, re.DOTALL)
+    assert [one["tokens"] for one in json.loads(block)["texts"]] == [TOKENS] * 3
     for text in (
         "The model smollm2-135m stands in for Qwen2.5-7B-Instruct.",
         "The corpus Doc2Dial dialogues stands in for OASST2-4k.",
@@ -92,9 +95,9 @@ def test_one_corpus_and_one_estimator_are_enough(run_directory: Path) -> None:
     text = Path("params.yaml").read_text()
     text = re.sub(r"(?m)^  corpus: .*$", "  corpus: [ruler]", text)
     Path("params.yaml").write_text(re.sub(r"(?m)^  estimator: .*$", "  estimator: [rloo]", text))
-    # As the evaluate stage would have written it.
-    for name in ("evaluation", "cost"):
-        path = Path("evaluations") / MODEL / "ruler" / f"{name}.parquet"
+    # As the stages evaluate and examples would have written it.
+    for name in ("evaluations/{}/ruler/evaluation", "evaluations/{}/ruler/cost", "examples/{}/ruler/tokens"):
+        path = Path(f"{name.format(MODEL)}.parquet")
         frame = pl.read_parquet(path)
         frame.filter(pl.col("policy") != "kvp-exact", pl.col("trained_on").fill_null("") != "dialogues").write_parquet(
             path

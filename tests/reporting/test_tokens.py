@@ -1,0 +1,173 @@
+"""Coloured texts: how they are laid out, what the figures show, and what the page carries."""
+
+import base64
+import json
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from matplotlib import colormaps
+
+from pipeline.errors import PipelineError
+from pipeline.params import Params
+from pipeline.reporting import figures, page, tokens
+from tests.reporting.synthetic import MODEL, SKILL
+
+BUDGET = 30
+
+
+@pytest.fixture(scope="module")
+def texts(finished: tuple[Path, Params]) -> list[tokens.Text]:
+    root, params = finished
+    return tokens.read_texts(root / "examples", root / "samples", params.matrix)
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance as WCAG 2 defines it."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return sum(weight * c for weight, c in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_texts_are_read_in_the_order_of_the_matrix(texts: list[tokens.Text], finished: tuple[Path, Params]) -> None:
+    root, _ = finished
+    assert [(text.corpus, text.task) for text in texts] == [
+        ("ruler", "niah_single_2"), ("ruler", "vt"), ("dialogues", "dialogues"),
+    ]  # fmt: skip
+    text = texts[0]
+    assert set(text.ranks) == set(SKILL)
+    table = pl.read_parquet(root / "examples" / MODEL / "ruler/tokens.parquet")
+    rows = table.filter(sample_id=text.sample_id, policy="kvp-exact", trained_on="ruler", layer=2, kv_head=1)
+    for position, importance, rank in rows.select("position", "importance", "rank").iter_rows():
+        assert text.importance[2, 1, position] == np.float32(importance)
+        assert text.ranks["kvp-exact", "ruler"][2, 1, position] == rank
+
+
+def test_a_table_that_lacks_a_head_is_one_sentence(run_directory: Path, finished: tuple[Path, Params]) -> None:
+    path = run_directory / "examples" / MODEL / "ruler/tokens.parquet"
+    table = pl.read_parquet(path)
+    dropped = (pl.col("policy") == "tova") & (pl.col("layer") == 1) & (pl.col("kv_head") == 0)
+    table.filter(~dropped).write_parquet(path)
+    with pytest.raises(PipelineError, match=r"tokens\.parquet lacks tokens, heads or policies; run the examples stage"):
+        tokens.read_texts(run_directory / "examples", run_directory / "samples", finished[1].matrix)
+
+
+def test_the_answer_is_found_across_tokens_and_windows_hold_it(texts: list[tokens.Text]) -> None:
+    text = texts[0]
+    answer = text.answer_tokens()
+    assert "".join(text.tokens[i] for i in answer) == " 7391"  # the tokens that "7391" has letters in
+    assert set(answer) <= set(text.window(20))
+    assert len(text.window(20)) == 20
+    assert text.window(10_000) == range(len(text.tokens))
+    without = texts[2]
+    assert len(without.answer_tokens()) == 0
+    assert without.window(20) == range(len(without.tokens) - 20, len(without.tokens))
+
+
+@pytest.mark.parametrize("columns", [1, 5, 9, 40])
+def test_wrapping_keeps_every_character_and_fits(columns: int) -> None:
+    words = ["One", " of", " the", " magic", " numb", "ers", ":", "\n", "\n", " 7", "3", "9.", "\n", "incomprehensibly"]
+    lines = tokens.wrap(words, columns)
+    assert max(map(len, lines)) <= columns
+    flat = [cell for line in lines for cell in line]
+    assert "".join(letter for letter, _ in flat).replace("↵", "\n") == "".join(words)
+    for index, word in enumerate(words):
+        assert "".join(letter for letter, own in flat if own == index).replace("↵", "\n") == word
+    if columns == 40:
+        read = ["".join(letter for letter, _ in line) for line in lines]
+        assert read == ["One of the magic numbers:↵", "↵", " 739.↵", "incomprehensibly"]
+    if columns == 9:  # words stay whole, whatever their tokens
+        assert " numbers:" in ["".join(letter for letter, _ in line) for line in lines]
+
+
+def test_a_character_that_the_font_lacks_is_shown_as_a_box() -> None:
+    ((first, second, third),) = tokens.wrap(["é", "語", "x"], 10)
+    assert (first[0], second[0], third[0]) == ("é", "▯", "x")
+
+
+def test_the_palette_can_be_read_and_told_apart() -> None:
+    colours = tokens.palette()
+    assert len(colours) == 256
+    light = np.array([luminance(background) for background, _ in colours])
+    assert (np.diff(light) > -1e-4).all()  # kept longest is darkest, in print too
+    assert light[0] < 0.1 < 0.8 < light[-1]
+    for background, ink in colours:
+        high, low = sorted((luminance(background), luminance(ink)), reverse=True)
+        assert (high + 0.05) / (low + 0.05) >= 4.5
+    assert tokens.COLOUR_MAP in colormaps
+
+
+def test_figures_1_8_9_and_12_are_drawn_twice_with_the_same_bytes(
+    texts: list[tokens.Text], finished: tuple[Path, Params], tmp_path: Path
+) -> None:
+    drawings = tokens.drawings(texts, BUDGET, finished[1].report)
+    assert [drawing.file.split("_")[0] for drawing in drawings] == ["fig01", "fig08", "fig09", "fig12"]
+    for drawing in drawings:
+        first = figures.save(drawing, tmp_path / "first").read_bytes()
+        assert first.startswith(b"\x89PNG")
+        assert first == figures.save(drawing, tmp_path / "second").read_bytes(), drawing.file
+
+
+def test_without_an_answer_or_a_second_text_there_is_one_figure_less(
+    texts: list[tokens.Text], finished: tuple[Path, Params]
+) -> None:
+    report = finished[1].report
+    assert [drawing.paper for drawing in tokens.drawings(texts[2:], BUDGET, report)] == ["8"]
+    assert [drawing.paper for drawing in tokens.drawings(texts[:1], BUDGET, report)] == ["1", "8"]
+
+
+def test_a_panel_shows_the_ranks_of_its_policy_and_head(texts: list[tokens.Text]) -> None:
+    text, pair = texts[0], ("snapkv", None)
+    drawn = tokens.draw_panels(text, 2, 1, BUDGET, range(len(text.tokens)), [pair], columns=1, size=8)
+    (panel,) = (axes for axes in drawn.axes if axes.collections)
+    fills = panel.collections[0].get_facecolors()
+    ranks = text.ranks[pair][2, 1]
+    # One box per token and line; the tokens of this text are short, so a box per token.
+    darkness = [1 - float(fill[:3].mean()) for fill in np.asarray(fills)]
+    boxes: Sequence[float] = darkness[: len(ranks)]
+    assert np.corrcoef(ranks, boxes)[0, 1] < -0.95
+    inks = {letters.get_color(): letters.get_text() for letters in panel.texts}
+    kept = sum(len(text.tokens[i].replace(" ", "")) for i in np.flatnonzero(ranks < BUDGET))
+    assert tokens.EVICTED_INK in inks
+    shown = "".join(t.get_text() for t in panel.texts if t.get_color() != tokens.EVICTED_INK).replace(" ", "")
+    assert len(shown) == kept
+    importance = text.importance[2, 1]
+    share = importance[ranks < BUDGET].sum() / importance.sum()
+    notes = [t.get_text() for t in drawn.texts]
+    last = max(ranks[i] for i in text.answer_tokens())
+    assert f"{BUDGET} tokens keep {share:.0%} of the future attention; answer complete from {last + 1}" in notes
+
+
+def test_the_page_carries_ranks_and_importance_of_the_layers_it_offers(
+    texts: list[tokens.Text], finished: tuple[Path, Params], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tokens.page_block(texts, BUDGET, finished[1].report)
+    assert [one["layers"] for one in whole["texts"]] == [list(range(9))] * 3
+    monkeypatch.setattr(tokens, "PAGE_BYTES", 1)
+    block = json.loads(json.dumps(tokens.page_block(texts, BUDGET, finished[1].report)))
+    for one, text in zip(block["texts"], texts, strict=True):
+        assert one["layers"] == [0, 2, 4, 6, 8]  # the first and the last, and those of the figures
+        shape = (len(text.ranks), len(one["layers"]), 2, len(text.tokens))
+        ranks = np.frombuffer(base64.b64decode(one["ranks"]), np.uint8).reshape(shape)
+        halves = np.frombuffer(base64.b64decode(one["importance"]), "<u2").reshape(shape[1:])
+        importance = (halves.astype("<u4") << 16).view("<f4")
+        np.testing.assert_allclose(importance, text.importance[one["layers"]], rtol=2**-7)
+        for place, pair in enumerate(text.ranks):
+            found = ranks[place] / 255 * (shape[-1] - 1)
+            assert np.abs(found - text.ranks[pair][one["layers"]]).max() <= (shape[-1] - 1) / 255 / 2 + 1e-6
+        assert one["policies"][0] == {"id": "oracle", "label": "Oracle"}
+        assert {"id": "kvp-exact@dialogues", "label": "KVP_S exact"} in one["policies"]
+        assert (one["layer"], one["kv_head"]) == (4, 1)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_the_script_is_valid(tmp_path: Path) -> None:
+    source = (page.TEMPLATES / "tokens.html.jinja").read_text()
+    (script,) = (part.partition("</script>")[0] for part in source.split("<script>")[1:])
+    file = tmp_path / "script.js"
+    file.write_text(script)
+    subprocess.run(["node", "--check", str(file)], check=True, capture_output=True)
