@@ -285,6 +285,13 @@ class ExamplesParams(_Section):
     tasks: dict[Name, Annotated[tuple[str, ...], Field(min_length=1)]]
 
 
+class LatencyParams(_Section):
+    """Context lengths at which rankings are timed, and how often each (``pipeline/evaluation/latency.py``)."""
+
+    lengths: Annotated[tuple[Annotated[int, Field(ge=2)], ...], Field(min_length=1)]
+    repeats: PositiveInt
+
+
 class ReportParams(_Section):
     """Bootstrap of the tables and the head shown in figures 1 and 5a."""
 
@@ -307,6 +314,7 @@ class Params(_Section):
     evaluation: EvaluationParams
     examples: ExamplesParams
     report: ReportParams
+    latency: LatencyParams
 
     @model_validator(mode="after")
     def _matrix_names_exist(self) -> "Params":

@@ -20,6 +20,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "train": (*RULER, "--estimator", "exact"),
     "evaluate": RULER,
     "examples": RULER,
+    "latency": MODEL,
     "results": (),
     "report": (),
     "track": (),

@@ -35,6 +35,12 @@ RC: Any = {
 DPI = 110
 # A grid of more layers than this cannot be read on a page; every layer's first head is in figure 15.
 GRID_LAYERS = 16
+LATENCY_LOOKS = {
+    "prefill": ("#444444", "s"),
+    "decode step": ("#999999", "D"),
+    "ranking, all layers": ("#0072B2", "o"),
+    "ranking, one layer": ("#56B4E9", "^"),
+}
 SERIES_NOTE = "Dashed: attention-based policies, which see the question. Dotted: the order by true future importance."
 
 
@@ -115,6 +121,41 @@ def evenly_spaced(values: list[int], count: int) -> list[int]:
     if len(values) <= count:
         return values
     return [values[round(i * (len(values) - 1) / (count - 1))] for i in range(count)]
+
+
+def latency_drawing(latency: pl.DataFrame, model: str, device: str) -> Drawing:
+    """Figure 6 from the table of ``pipeline/evaluation/latency.py``."""
+    return Drawing(
+        f"fig06_{model}_latency.png",
+        "6",
+        f"Time of a ranking beside the model's own work, {model} on {device}",
+        "Medians of repeated calls on one machine; the bars reach from the fastest to the slowest.",
+        lambda: draw_latency(latency),
+    )
+
+
+def draw_latency(latency: pl.DataFrame) -> Figure:
+    """Seconds of each piece of work against context length (figure 6)."""
+    figure = _figure(8.4, 5.2)
+    axes = figure.subplots()
+    seconds = pl.col("seconds")
+    summary = latency.group_by("work", "length").agg(seconds.median(), low=seconds.min(), high=seconds.max())
+    for (work,), part in summary.sort("length").group_by("work", maintain_order=True):
+        colour, marker = LATENCY_LOOKS[str(work)]
+        middle = part["seconds"].to_numpy()
+        reach = [middle - part["low"].to_numpy(), part["high"].to_numpy() - middle]
+        axes.errorbar(
+            part["length"].to_numpy(), middle, yerr=reach, color=colour, marker=marker, capsize=3, label=str(work)
+        )
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    lengths = latency["length"].unique().sort().to_list()
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("context (tokens)")
+    axes.set_ylabel("seconds")
+    axes.legend()
+    return figure
 
 
 def draw_scores(scores: pl.DataFrame) -> Figure:

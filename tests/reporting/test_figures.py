@@ -78,6 +78,19 @@ def test_each_benchmark_is_in_the_papers_figure_and_the_rest_in_one_more(
         assert figures.save(drawing, tmp_path).stat().st_size > 0
 
 
+def test_latency_is_drawn_with_every_work(tmp_path: Path) -> None:
+    rows = [
+        (length, work, repeat, 1e-3 * length * (repeat + 1))
+        for length in (256, 512)
+        for work in figures.LATENCY_LOOKS
+        for repeat in (0, 1)
+    ]
+    table = pl.DataFrame(rows, schema=["length", "work", "repeat", "seconds"], orient="row")
+    (axes,) = figures.draw_latency(table).axes
+    assert {label.get_text() for label in axes.get_legend().get_texts()} == set(figures.LATENCY_LOOKS)
+    assert figures.save(figures.latency_drawing(table, "m", "cpu"), tmp_path).name == "fig06_m_latency.png"
+
+
 def test_lines_can_be_told_apart() -> None:
     series = [(policy, None) for policy in ("full", "oracle", "lagkv", "keydiff", "knorm", "streaming-llm", "random")]
     series += [("snapkv", None), ("tova", None)]
