@@ -34,21 +34,29 @@ def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
     return _render(tokenizer, messages, True)
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text; special tokens are added only where no chat template has written them."""
-    ids: list[int] = tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids
+def encode(tokenizer: Any, text: str, templated: bool = True) -> list[int]:
+    """Token ids of a text; special tokens are added only where no chat template has written them.
+
+    Parameters
+    ----------
+    templated
+        Whether the text went through the chat template, where the tokenizer has one.
+    """
+    ids: list[int] = _tokenized(tokenizer, text, templated).input_ids
     return ids
 
 
-def encode_pair(tokenizer: Any, prompt: str, continuation: str, end: int | None) -> tuple[tuple[int, ...], int]:
+def encode_pair(
+    tokenizer: Any, prompt: str, continuation: str, end: int | None, templated: bool = True
+) -> tuple[tuple[int, ...], int]:
     """Token ids of prompt and continuation, and how many of them belong to the prompt.
 
     Both are encoded as one text, so that the continuation gets the tokens it would have in the wild.
     Where a token would straddle the border, they are encoded apart: the prompt must not depend on its
-    answer.
+    answer. ``templated`` as in :func:`encode`.
     """
-    before = encode(tokenizer, prompt)
-    together = encode(tokenizer, prompt + continuation)
+    before = encode(tokenizer, prompt, templated)
+    together = encode(tokenizer, prompt + continuation, templated)
     if together[: len(before)] == before:
         after = together[len(before) :]
     else:
@@ -56,6 +64,20 @@ def encode_pair(tokenizer: Any, prompt: str, continuation: str, end: int | None)
     return (*before, *after, *([] if end is None else [end])), len(before)
 
 
+def first_token_after(tokenizer: Any, text: str, character: int, templated: bool = True) -> int:
+    """Index of the first token that holds anything behind ``character`` in the encoding of the whole text.
+
+    A token that straddles the place is the one. ``templated`` as in :func:`encode`.
+    """
+    # Ends, not starts: a byte-level tokenizer leaves the space before a word out of its offsets.
+    ends = [end for _, end in _tokenized(tokenizer, text, templated, return_offsets_mapping=True).offset_mapping]
+    return next((index for index, end in enumerate(ends) if end > character), len(ends))
+
+
 def _render(tokenizer: Any, messages: Sequence[dict[str, str]], header: bool) -> str:
     text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=header)
     return text
+
+
+def _tokenized(tokenizer: Any, text: str, templated: bool, **options: bool) -> Any:
+    return tokenizer(text, add_special_tokens=not (templated and tokenizer.chat_template), **options)

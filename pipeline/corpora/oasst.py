@@ -7,7 +7,6 @@ several questions would have it (paper, section "Models and benchmarks": OASST2-
 last one is to be predicted. Splits share no tree.
 """
 
-import gzip
 import json
 import random
 from collections import defaultdict
@@ -16,10 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline.corpora.chat import chat_prompt, encode, encode_pair, end_of_turn
+from pipeline.corpora.rows import read_rows, require_columns
 from pipeline.corpora.samples import SPLITS, Sample, Split
 from pipeline.errors import PipelineError
 from pipeline.params import OasstParams
@@ -64,14 +61,10 @@ def read_messages(source: Path) -> list[dict[str, Any]]:
             raise PipelineError(
                 f"{source} holds neither data/*.parquet nor *_ready.messages.jsonl.gz; name the file of messages."
             )
-    messages = [message for file in files for row in _read_rows(file) for message in _unfold(row)]
+    messages = [message for file in files for row in read_rows(file) for message in _unfold(row)]
     if not messages:
         raise PipelineError(f"{source} holds no messages; fetch it again.")
-    missing = [column for column in _COLUMNS if not all(column in message for message in messages)]
-    if missing:
-        raise PipelineError(
-            f"{source}: some messages lack {', '.join(missing)}; the source must follow OASST2's schema."
-        )
+    require_columns(messages, _COLUMNS, source, "OASST2's schema")
     return messages
 
 
@@ -218,22 +211,6 @@ class _Composer:
         if thread.leaf not in self.sizes:
             self.sizes[thread.leaf] = len(encode(self.tokenizer, chat_prompt(self.tokenizer, thread.turns)))
         return self.sizes[thread.leaf]
-
-
-def _read_rows(file: Path) -> list[dict[str, Any]]:
-    try:
-        if file.suffix == ".parquet":
-            rows: list[dict[str, Any]] = pq.read_table(file).to_pylist()
-            return rows
-        content = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-        rows = [json.loads(line) for line in content.splitlines() if line.strip()]
-    except (OSError, EOFError, ValueError, pa.ArrowInvalid) as error:
-        raise PipelineError(
-            f"{file} cannot be read as messages ({error}); give .jsonl, .jsonl.gz or .parquet of OASST2's schema."
-        ) from None
-    if not all(isinstance(row, dict) for row in rows):
-        raise PipelineError(f"{file}: every line must be a JSON object, a message or a tree.")
-    return rows
 
 
 def _unfold(row: dict[str, Any]) -> Iterator[dict[str, Any]]:

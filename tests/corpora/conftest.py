@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoTokenizer
 
 from pipeline.params import Params, load_params
@@ -31,6 +32,20 @@ def smollm2(default_params: Params) -> Path:
             for loader in (AutoTokenizer, AutoConfig):
                 loader.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(partial)
             os.replace(partial, out)
+    return out
+
+
+@pytest.fixture
+def with_bos(tmp_path: Path, smollm2: Path) -> Path:
+    """The same, with a tokenizer that puts ``<|im_start|>`` before any text, as Gemma's does with its own."""
+    out = tmp_path / "with_bos"
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
+    )
+    tokenizer.save_pretrained(out)
+    (out / "config.json").write_text((smollm2 / "config.json").read_text())
     return out
 
 

@@ -172,12 +172,12 @@ def test_too_few_threads_is_one_sentence(changes: dict[str, Any], message: str, 
 
 def test_unusable_sources_are_one_sentence(tmp_path: Path) -> None:
     cases = {
-        "no such file": (tmp_path / "none.jsonl", "cannot be read as messages"),
-        "no json": (tmp_path / "bad.jsonl", "cannot be read as messages"),
+        "no such file": (tmp_path / "none.jsonl", "cannot be read as rows"),
+        "no json": (tmp_path / "bad.jsonl", "cannot be read as rows"),
         "no objects": (write(tmp_path / "list.jsonl", [[1, 2]]), "every line must be a JSON object"),  # type: ignore[list-item]
         "empty": (write(tmp_path / "empty.jsonl", []), "holds no messages"),
         "no columns": (write(tmp_path / "columns.jsonl", [{"text": "a"}]), "lack message_id, parent_id"),
-        "torn archive": (tmp_path / "torn.jsonl.gz", "cannot be read as messages"),
+        "torn archive": (tmp_path / "torn.jsonl.gz", "cannot be read as rows"),
         "no data": (tmp_path / "folder", "holds neither data/"),
     }
     (tmp_path / "bad.jsonl").write_text("{")

@@ -1,0 +1,356 @@
+"""LongBench's English tasks: rows to prompts as its own ``pred.py`` makes them, for evaluation only.
+
+Templates, lengths of answers and metrics are those of github.com/THUDM/LongBench (``dataset2prompt.json``,
+``dataset2maxlen.json``, ``eval.py``); a task is one line of the table. A prompt that is too long loses its
+middle; chat models get it as a user's turn except where LongBench gives it as plain text. It knows no
+generation and no scores. Not followed: ``pred.py`` also ends a SAMSum summary at the first newline, which
+changes no score, because only its first line counts.
+"""
+
+import json
+import random
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.corpora.chat import chat_prompt, encode_pair, end_of_turn, first_token_after
+from pipeline.corpora.rows import Row, read_rows
+from pipeline.corpora.samples import Sample, Split
+from pipeline.errors import PipelineError
+from pipeline.params import LongBenchParams
+
+
+@dataclass(frozen=True)
+class Task:
+    """One line of LongBench's configuration.
+
+    Attributes
+    ----------
+    template
+        With ``{context}`` and, after it, perhaps ``{input}``.
+    max_new_tokens
+        Tokens that the answer may have.
+    metric
+        A metric of ``pipeline/benchmarks/longbench.py``.
+    chat
+        Whether the prompt goes through the chat template.
+    """
+
+    template: str
+    max_new_tokens: int
+    metric: str
+    chat: bool = True
+
+
+_PASSAGES = (
+    "Answer the question based on the given passages. Only give me the answer and do not output any other words.\n"
+    "\nThe following are given passages.\n{context}\n\n"
+    "Answer the question based on the given passages. Only give me the answer and do not output any other words.\n"
+    "\nQuestion: {input}\nAnswer:"
+)
+
+TASKS = {
+    "narrativeqa": Task(
+        "You are given a story, which can be either a novel or a movie script, and a question. Answer the question "
+        "asconcisely as you can, using a single phrase if possible. Do not provide any explanation.\n\n"
+        "Story: {context}\n\n"
+        "Now, answer the question based on the story asconcisely as you can, using a single phrase if possible. Do "
+        "not provide any explanation.\n\nQuestion: {input}\n\nAnswer:",
+        128,
+        "qa_f1",
+    ),
+    "qasper": Task(
+        "You are given a scientific article and a question. Answer the question as concisely as you can, using a "
+        "single phrase or sentence if possible. If the question cannot be answered based on the information in the "
+        'article, write "unanswerable". If the question is a yes/no question, answer "yes", "no", or '
+        '"unanswerable". Do not provide any explanation.\n\nArticle: {context}\n\n'
+        " Answer the question based on the above article as concisely as you can, using a single phrase or "
+        "sentence if possible. If the question cannot be answered based on the information in the article, write "
+        '"unanswerable". If the question is a yes/no question, answer "yes", "no", or "unanswerable". Do '
+        "not provide any explanation.\n\nQuestion: {input}\n\nAnswer:",
+        128,
+        "qa_f1",
+    ),
+    "multifieldqa_en": Task(
+        "Read the following text and answer briefly.\n\n{context}\n\n"
+        "Now, answer the following question based on the above text, only give me the answer and do not output any "
+        "other words.\n\nQuestion: {input}\nAnswer:",
+        64,
+        "qa_f1",
+    ),
+    "hotpotqa": Task(_PASSAGES, 32, "qa_f1"),
+    "2wikimqa": Task(_PASSAGES, 32, "qa_f1"),
+    "musique": Task(_PASSAGES, 32, "qa_f1"),
+    "gov_report": Task(
+        "You are given a report by a government agency. Write a one-page summary of the report.\n\nReport:\n"
+        "{context}\n\nNow, write a one-page summary of the report.\n\nSummary:",
+        512,
+        "rouge_l",
+    ),
+    "qmsum": Task(
+        "You are given a meeting transcript and a query containing a question or instruction. Answer the query in "
+        "one or more sentences.\n\nTranscript:\n{context}\n\n"
+        "Now, answer the query based on the above meeting transcript in one or more sentences.\n\nQuery: {input}\n"
+        "Answer:",
+        512,
+        "rouge_l",
+    ),
+    "multi_news": Task(
+        "You are given several news passages. Write a one-page summary of all news. \n\nNews:\n{context}\n\n"
+        "Now, write a one-page summary of all the news.\n\nSummary:",
+        512,
+        "rouge_l",
+    ),
+    "trec": Task(
+        "Please determine the type of the question below. Here are some examples of questions.\n\n{context}\n{input}",
+        64,
+        "classification",
+        chat=False,
+    ),
+    "triviaqa": Task(
+        "Answer the question based on the given passage. Only give me the answer and do not output any other "
+        "words. The following are some examples.\n\n{context}\n\n{input}",
+        32,
+        "qa_f1",
+        chat=False,
+    ),
+    "samsum": Task(
+        "Summarize the dialogue into a few short sentences. The following are some examples.\n\n{context}\n\n{input}",
+        128,
+        "rouge_l",
+        chat=False,
+    ),
+    "passage_count": Task(
+        "There are some paragraphs below sourced from Wikipedia. Some of them may be duplicates. Please carefully "
+        "read these paragraphs and determine how many unique paragraphs there are after removing duplicates. In "
+        "other words, how many non-repeating paragraphs are there in total?\n\n{context}\n\n"
+        "Please enter the final count of unique paragraphs after removing duplicates. The output format should "
+        "only contain the number, such as 1, 2, 3, and so on.\n\nThe final answer is: ",
+        32,
+        "count",
+    ),
+    "passage_retrieval_en": Task(
+        "Here are 30 paragraphs from Wikipedia, along with an abstract. Please determine which paragraph the "
+        "abstract is from.\n\n{context}\n\nThe following is an abstract.\n\n{input}\n\n"
+        "Please enter the number of the paragraph that the abstract is from. The answer format must be like "
+        '"Paragraph 1", "Paragraph 2", etc.\n\nThe answer is: ',
+        32,
+        "retrieval",
+    ),
+    "lcc": Task(
+        "Please complete the code given below. \n{context}Next line of code:\n",
+        64,
+        "code_similarity",
+        chat=False,
+    ),
+    "repobench-p": Task(
+        "Please complete the code given below. \n{context}{input}Next line of code:\n",
+        64,
+        "code_similarity",
+        chat=False,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Document:
+    """One row of a task.
+
+    Attributes
+    ----------
+    prompt
+        The filled template.
+    late_from
+        Character of ``prompt`` behind the context; None where a ready-made prompt does not show it.
+    answers
+        References; the first is the true continuation.
+    classes
+        All class names of a classification, else None.
+    """
+
+    prompt: str
+    late_from: int | None
+    answers: tuple[str, ...]
+    classes: tuple[str, ...] | None
+
+
+def read_documents(task: str, source: Path) -> list[Document]:
+    """All rows of one task, in the source's order.
+
+    Parameters
+    ----------
+    task
+        A key of ``TASKS``.
+    source
+        The hub's ``data.zip``, a directory that holds it, a directory with ``<task>.jsonl`` or
+        ``data/<task>.jsonl``, or one file of rows that name their task in ``dataset`` or ``task``. Rows have
+        LongBench's columns, or a ready-made ``prompt`` in place of ``context`` and ``input``.
+
+    Raises
+    ------
+    PipelineError
+        There is no such file, it cannot be read, or a row lacks a column or an answer.
+    """
+    file, mixed = _locate(task, source)
+    rows = read_rows(file)
+    if mixed:
+        rows = [row for row in rows if row.get("task", row.get("dataset")) == task]
+    return [_document(task, row, f"{file}: row {number} of {task}") for number, row in enumerate(rows)]
+
+
+def build(
+    params: LongBenchParams, name: str, source: Path, model: Path, progress: Callable[[str], None] = lambda _: None
+) -> dict[Split, list[Sample]]:
+    """All samples of the corpus: test only, ``params.samples.test`` of each task.
+
+    Parameters
+    ----------
+    name
+        Name of the corpus in params.yaml.
+    source
+        See :func:`read_documents`.
+    model
+        Exported model directory with the tokenizer.
+    progress
+        Called with a line for each task that is finished.
+
+    Raises
+    ------
+    PipelineError
+        A task is unknown, the source is unusable or too small, or a late question cannot be told apart.
+    """
+    from pipeline.models import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    end = end_of_turn(model, tokenizer)
+    samples = []
+    for task in params.tasks:
+        if task not in TASKS:
+            raise PipelineError(f"corpora.{name}: '{task}' is no task of LongBench; known: {', '.join(TASKS)}.")
+        documents = read_documents(task, source)
+        wanted = params.samples.test
+        if wanted > len(documents):
+            raise PipelineError(
+                f"corpora.{name}: the source has {len(documents)} rows of {task}, {wanted} are wanted; lower "
+                "samples.test or use a larger source."
+            )
+        for index in random.Random(f"{params.seed} {task}").sample(range(len(documents)), wanted):
+            samples.append(_sample(params, name, task, index, documents[index], tokenizer, end))
+        progress(task)
+    return {"test": samples}
+
+
+def _locate(task: str, source: Path) -> tuple[Path | zipfile.Path, bool]:
+    """The file that holds a task, and whether it holds others too."""
+    archive = source if source.suffix == ".zip" else source / "data.zip"
+    if source.is_file() and source != archive:
+        return source, True
+    for file in (source / f"{task}.jsonl", source / f"data/{task}.jsonl"):
+        if file.is_file():
+            return file, False
+    if zipfile.is_zipfile(archive):
+        member = zipfile.Path(archive, f"data/{task}.jsonl")
+        if member.is_file():
+            return member, False
+    raise PipelineError(
+        f"{source} holds neither {task}.jsonl nor data/{task}.jsonl, not in a readable data.zip either; name the file "
+        "or lay the directory out like THUDM/LongBench."
+    )
+
+
+def _document(task: str, row: Row, where: str) -> Document:
+    ready_made = "prompt" in row
+    try:
+        texts = [row[column] for column in (("prompt",) if ready_made else ("context", "input"))]
+        answers, classes = row["answers"], row.get("all_classes")
+        if isinstance(answers, dict):
+            answers, classes = answers["answers"], answers["all_classes"]
+    except KeyError as error:
+        raise PipelineError(
+            f"{where} lacks the column {error}; LongBench's rows have context, input, answers and all_classes."
+        ) from None
+    if not all(isinstance(text, str) for text in texts):
+        raise PipelineError(f"{where}: context, input and prompt must be text; correct or drop the row.")
+    if not answers or not all(isinstance(answer, str) for answer in answers):
+        raise PipelineError(f"{where} has no answers; give a list of strings.")
+    if TASKS[task].metric == "classification" and not classes:
+        raise PipelineError(f"{where} has no all_classes; a classification needs them.")
+    if ready_made:
+        prompt = texts[0]
+        late_from = _question_in(prompt, task)
+    else:
+        before, after = TASKS[task].template.split("{context}")
+        question = after.format(input=texts[1])
+        prompt = f"{before}{texts[0]}{question}"
+        late_from = len(prompt) - len(question)
+    return Document(prompt, late_from, tuple(answers), tuple(classes) if classes else None)
+
+
+def _question_in(prompt: str, task: str) -> int | None:
+    """Where the template's words behind the context begin in a ready-made prompt, if it has any."""
+    words = TASKS[task].template.partition("{context}")[2].partition("{input}")[0]
+    found = prompt.rfind(words) if words.strip() else -1
+    return None if found < 0 else found
+
+
+def _sample(
+    params: LongBenchParams, name: str, task: str, index: int, document: Document, tokenizer: Any, end: int | None
+) -> Sample:
+    definition = TASKS[task]
+    chat = definition.chat and bool(tokenizer.chat_template)
+    shortened = _without_middle(tokenizer, document.prompt, params.length)
+    text = chat_prompt(tokenizer, [{"role": "user", "content": shortened}]) if chat else shortened
+    answer = document.answers[0]
+    if not chat and not shortened[-1:].isspace():
+        answer = f" {answer}"
+    ids, prompt_len = encode_pair(tokenizer, text, answer, end if chat else None, templated=chat)
+    return Sample(
+        sample_id=f"{task}-{index:04d}",
+        corpus=name,
+        task=task,
+        split="test",
+        input_ids=ids,
+        prompt_len=prompt_len,
+        question_start=first_token_after(
+            tokenizer, text, _late_from(document, shortened, text, f"corpora.{name}: row {index} of {task}"), chat
+        )
+        if params.late_question
+        else None,
+        answers=document.answers,
+        max_new_tokens=min(params.max_new_tokens, definition.max_new_tokens),
+        meta=json.dumps({"row": index, "all_classes": document.classes}),
+        metric=definition.metric,
+    )
+
+
+def _without_middle(tokenizer: Any, prompt: str, length: int) -> str:
+    """The prompt, or the text of its first and last ``length // 2`` tokens where it has more than ``length``."""
+    ids = tokenizer(prompt).input_ids
+    if len(ids) <= length:
+        return prompt
+    half = length // 2
+    head, tail = (
+        tokenizer.decode(part, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for part in (ids[:half], ids[len(ids) - half :])
+    )
+    return f"{head}{tail}"
+
+
+def _late_from(document: Document, shortened: str, text: str, where: str) -> int:
+    """Character of ``text`` at which the question begins."""
+    if document.late_from is None:
+        raise PipelineError(
+            f"{where}: the end of the context cannot be told from this ready-made prompt; give context and input as "
+            "columns, or set late_question to false."
+        )
+    question = document.prompt[document.late_from :]
+    if not shortened.endswith(question):
+        raise PipelineError(f"{where}: half of length does not hold its question; raise length.")
+    # A chat template may strip what it wraps.
+    core = shortened.strip()
+    place = text.rfind(core)
+    if place < 0:
+        raise PipelineError(f"{where}: the chat template changes the text of the prompt; use another template.")
+    return place + len(core) - len(question.rstrip())
