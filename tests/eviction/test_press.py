@@ -48,10 +48,10 @@ def test_the_press_keeps_what_the_policy_ranks_first(
 
 def test_layers_that_slide_over_a_window_keep_it(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model("gemma3")
-    cache = compressed(model, PROMPT, KVPPress(0.9, saved(tmp_path, layers=2)))
+    cache = compressed(model, PROMPT, KVPPress(0.75, saved(tmp_path, layers=2)))
     plain = layer_caches(model, PROMPT)
     tokens = {number: layer.keys.shape[2] for number, layer in enumerate(cache.layers)}
-    assert tokens == {0: 23, 1: 30, 2: 23, 3: 30}
+    assert tokens == {0: 23, 1: 75, 2: 23, 3: 75}
     for number in (0, 2):
         torch.testing.assert_close(cache.layers[number].keys, plain[number].keys)
         torch.testing.assert_close(cache.layers[number].values, plain[number].values)
