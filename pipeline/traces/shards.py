@@ -13,7 +13,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -199,14 +199,24 @@ class TraceReader:
     cache_bytes
         How much decoded data to keep; the least recently used is dropped first. A run-time resource,
         no parameter of the result.
+    layers, sequences
+        Indices to restrict the reader to, in this order; None for all. ``shape`` and ``sequences`` then
+        describe the restriction.
 
     Raises
     ------
     PipelineError
-        The manifest is missing or unreadable, or the split has no sequences.
+        The manifest is missing or unreadable, the split has no sequences, or a layer does not exist.
     """
 
-    def __init__(self, root: Path, split: str, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        cache_bytes: int,
+        layers: Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+    ) -> None:
         try:
             manifest = json.loads((root / MANIFEST).read_text())
             self.shape = TraceShape(**manifest["shape"])
@@ -221,6 +231,12 @@ class TraceReader:
         ]
         if not self.sequences:
             raise PipelineError(f"{root}: the split {split} has no sequences; raise corpora.*.samples.{split}.")
+        if sequences is not None:
+            self.sequences = [self.sequences[index] for index in sequences]
+        self.layers = list(range(self.shape.layers)) if layers is None else list(layers)
+        if absent := [layer for layer in self.layers if layer >= self.shape.layers]:
+            raise PipelineError(f"{root}: the traces have layers 0 to {self.shape.layers - 1}, not {absent[0]}.")
+        self.shape = replace(self.shape, layers=len(self.layers))
         self._checksums = {file["path"]: file["sha256"] for content in shards for file in content["files"]}
         self._files: dict[str, pq.ParquetFile] = {}
         self._memory: OrderedDict[int, tuple[Tensor, Tensor, Tensor]] = OrderedDict()
@@ -249,7 +265,7 @@ class TraceReader:
             if sequence in self._memory:
                 self._memory.move_to_end(sequence)
                 return self._memory[sequence]
-        parts = [self.read_layer(layer, sequence) for layer in range(self.shape.layers)]
+        parts = [self.read_layer(layer, sequence) for layer in self.layers]
         keys, values, record = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         with self._lock:
             size = sum(tensor.nbytes for tensor in (keys, values, record))
