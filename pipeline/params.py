@@ -33,6 +33,7 @@ RULER_TASKS = (
 PositiveInt = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Inputs = Literal["keys", "values", "both"]
 
 
 def _ascending(budgets: tuple[int, ...]) -> tuple[int, ...]:
@@ -235,11 +236,15 @@ class TracesParams(_Section):
 
 
 class AgentParams(_Section):
-    """Shape of one agent: an MLP from (key, value, position features) to one score."""
+    """Shape of one agent: an MLP from (key, value, position features) to one score.
+
+    ``inputs`` says which cached vectors it sees; the paper's agent sees both.
+    """
 
     hidden_width: PositiveInt
     hidden_layers: PositiveInt
     position_features: tuple[Literal["position", "age"], ...]
+    inputs: Inputs = "both"
 
 
 class TrainParams(_Section):
@@ -302,6 +307,32 @@ class ReportParams(_Section):
     seed: int
 
 
+class SensitivityParams(_Section):
+    """Axes of the sensitivity study (``pipeline/sensitivity``).
+
+    The base variant is the ``train`` section with ``base_steps`` on the heads of ``layers``; each axis changes one
+    thing of it. ``training_fraction`` is of the training sequences, ``softrank_rate_factor`` multiplies the
+    learning rate for the sorting surrogate of figure 5b.
+    """
+
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    seeds: Annotated[int, Field(ge=2)]
+    base_steps: PositiveInt
+    training_fraction: tuple[Annotated[float, Field(gt=0, le=1)], ...]
+    steps: tuple[PositiveInt, ...]
+    hidden_width: tuple[PositiveInt, ...]
+    inputs: tuple[Inputs, ...]
+    softrank_rate_factor: tuple[Annotated[float, Field(gt=0)], ...]
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "SensitivityParams":
+        for name in ("layers", "training_fraction", "steps", "hidden_width", "inputs", "softrank_rate_factor"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} names a value twice")
+        return self
+
+
 class Params(_Section):
     """The whole of params.yaml. ``profile`` names the file under profiles/ that it is a copy of."""
 
@@ -315,6 +346,7 @@ class Params(_Section):
     examples: ExamplesParams
     report: ReportParams
     latency: LatencyParams
+    sensitivity: SensitivityParams
 
     @model_validator(mode="after")
     def _matrix_names_exist(self) -> "Params":

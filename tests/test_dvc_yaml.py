@@ -1,4 +1,4 @@
-"""DVC cannot see Python imports, so these tests hold dvc.yaml to them."""
+"""DVC cannot see Python imports, so these tests hold dvc.yaml and studies/dvc.yaml to them."""
 
 import ast
 import itertools
@@ -13,7 +13,8 @@ from pipeline.params import Params, load_params
 
 REPOSITORY = Path(__file__).parent.parent
 DVC = YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text())
-STAGES: dict[str, dict[str, Any]] = DVC["stages"]
+STUDIES = YAML(typ="safe").load((REPOSITORY / "studies/dvc.yaml").read_text())
+STAGES: dict[str, dict[str, Any]] = DVC["stages"] | STUDIES["stages"]
 # Logging changes no result, so a change to it must not retrain anything.
 NOT_A_DEPENDENCY = {Path("pipeline/tracking.py")}
 
@@ -123,6 +124,15 @@ def test_run_time_resources_are_no_params(stage: str) -> None:
     assert not {name for name in names(keys) if re.search(r"device|thread|worker|cache_gb", name)}
 
 
+def test_studies_are_no_part_of_the_default_pipeline() -> None:
+    # `dvc repro` runs the stages of ./dvc.yaml and what they depend on.
+    assert not DVC["stages"].keys() & STUDIES["stages"].keys()
+    default = {dep for stage in DVC["stages"].values() for dep in stage["deps"]}
+    for name, stage in STUDIES["stages"].items():
+        assert stage["wdir"] == "..", name
+        assert not set(stage["outs"]) & default
+
+
 def test_a_fan_in_lists_the_matrix() -> None:
     # A stage that reads a directory of many outputs must notice when an entry is dropped.
     fanned = {"evaluations", "examples", "policies", "samples", "models", "traces", "policies/${item.model}"}
@@ -149,7 +159,8 @@ def test_every_plot_is_an_output_with_a_template() -> None:
 
 def test_no_output_survives_a_change_of_what_it_depends_on() -> None:
     # persist keeps stale shards and switches the run cache off.
-    text = (REPOSITORY / "dvc.yaml").read_text()
-    assert "persist" not in text
-    assert "checkpoint:" not in text
-    assert "always_changed" not in text
+    for file in ("dvc.yaml", "studies/dvc.yaml"):
+        text = (REPOSITORY / file).read_text()
+        assert "persist" not in text
+        assert "checkpoint:" not in text
+        assert "always_changed" not in text

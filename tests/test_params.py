@@ -87,6 +87,13 @@ MISTAKES = {
         put("traces.query_chunk", 100),
         "traces: query_chunk must be a multiple of block_size",
     ),
+    "one seed for an interval": (put("sensitivity.seeds", 1), "sensitivity.seeds: .*greater than or equal to 2"),
+    "more than all sequences": (
+        put("sensitivity.training_fraction", [1.5]),
+        "training_fraction.0: .*less than or equal",
+    ),
+    "unknown inputs": (put("sensitivity.inputs", ["queries"]), r"sensitivity.inputs.0: .*\(got 'queries'\)"),
+    "value twice": (put("sensitivity.steps", [12, 12]), "sensitivity: steps names a value twice"),
     "unknown dtype": (put("models.smollm2-135m.dtype", "float64"), "models.smollm2-135m.dtype: .*'float32'"),
     "unknown estimator": (put("matrix.estimator", ["ppo"]), r"matrix.estimator.0: .*\(got 'ppo'\)"),
     "budgets descend": (

@@ -41,9 +41,14 @@ class PolicyShape:
         return self.layers * self.kv_heads
 
     @property
+    def channels(self) -> int:
+        """Channels of the cached states that an agent sees, positions aside."""
+        return self.head_dim * (2 if self.agent.inputs == "both" else 1)
+
+    @property
     def widths(self) -> list[int]:
         """Layer widths of one agent, from input to score."""
-        inputs = 2 * self.head_dim + len(self.agent.position_features)
+        inputs = self.channels + len(self.agent.position_features)
         return [inputs, *[self.agent.hidden_width] * self.agent.hidden_layers, 1]
 
     @property
@@ -65,9 +70,9 @@ class Policy(nn.Module):
     Notes
     -----
     Inputs are normalised per head and channel with ``mean`` and ``std`` (2 * head_dim values: key, then
-    value), taken from the training traces and stored in the checkpoint. Position features are
-    log1p(tokens before) / 8 (``position``) and log1p(tokens after) / 8 (``age``): defined at every
-    length, of order 1 from the first token to 100k.
+    value; head_dim where the agent sees one of them), taken from the training traces and stored in the
+    checkpoint. Position features are log1p(tokens before) / 8 (``position``) and log1p(tokens after) / 8
+    (``age``): defined at every length, of order 1 from the first token to 100k.
     """
 
     mean: Tensor
@@ -88,8 +93,8 @@ class Policy(nn.Module):
             # Start near the uniform ranking: large random scores would have to be unlearned first.
             with torch.no_grad():
                 self.weights[-1].mul_(0.1)
-        self.register_buffer("mean", torch.zeros(shape.heads, 1, 2 * shape.head_dim))
-        self.register_buffer("std", torch.ones(shape.heads, 1, 2 * shape.head_dim))
+        self.register_buffer("mean", torch.zeros(shape.heads, 1, shape.channels))
+        self.register_buffer("std", torch.ones(shape.heads, 1, shape.channels))
 
     def forward(self, keys: Tensor, values: Tensor, layer: int | None = None) -> Tensor:
         """Score the tokens of a cache.
@@ -108,7 +113,7 @@ class Policy(nn.Module):
         heads = slice(None)
         if layer is not None:
             heads = slice(layer * self.shape.kv_heads, (layer + 1) * self.shape.kv_heads)
-        states = torch.cat([keys, values], dim=-1).float()
+        states = self.states(keys, values).float()
         states = (states - self.mean[heads]) / self.std[heads]
         hidden = torch.cat([states, self._positions(keys.shape[1], states)], dim=-1)  # (heads, n, inputs)
         last = len(self.weights) - 1
@@ -117,6 +122,11 @@ class Policy(nn.Module):
             if index != last:
                 hidden = torch.relu(hidden)
         return hidden.squeeze(-1)
+
+    def states(self, keys: Tensor, values: Tensor) -> Tensor:
+        """The part of the cache that the agents see: (heads, n, head_dim) twice -> (heads, n, channels)."""
+        seen = {"keys": [keys], "values": [values], "both": [keys, values]}
+        return torch.cat(seen[self.shape.agent.inputs], dim=-1)
 
     def _positions(self, tokens: int, like: Tensor) -> Tensor:
         index = torch.arange(tokens, device=like.device, dtype=torch.float32)

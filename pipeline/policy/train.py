@@ -1,9 +1,9 @@
 """Train all agents of a model from stored traces (paper, Algorithm 1). The language model is never run.
 
 Each step draws a sequence and a cache size, scores its tokens with every agent, and follows the gradient
-of the expected cost: sampled (``rloo``, as published) or in closed form (``exact``). Every draw depends
-on (seed, step) only, so a run resumed from a checkpoint ends with the same bytes. This file knows no
-MLflow: curves go to Parquet.
+of the expected cost: sampled (``rloo``, as published) or in closed form (``exact``); ``softrank`` is the
+sorting surrogate that the paper compares them with (figure 5b). Every draw depends on (seed, step) only, so
+a run resumed from a checkpoint ends with the same bytes. This file knows no MLflow: curves go to Parquet.
 """
 
 import hashlib
@@ -26,11 +26,12 @@ from pipeline.errors import PipelineError
 from pipeline.params import TrainParams
 from pipeline.policy.agents import Policy, PolicyShape, save_policy
 from pipeline.policy.ranking import expected_cost, optimal_total_cost, rank, rloo_loss, total_cost
+from pipeline.policy.soft_rank import soft_rank_loss
 from pipeline.traces.importance import future_importance
 from pipeline.traces.shards import TraceReader
 from pipeline.workdir import atomic_write
 
-Estimator = Literal["exact", "rloo"]
+Estimator = Literal["exact", "rloo", "softrank"]
 CURVES_FILE = "curves.parquet"
 CHECKPOINT_FILE = "checkpoint.safetensors"
 # Statistics of keys and values need no more tokens than this; the first sequences are as good as any.
@@ -105,6 +106,8 @@ def train_policy(
         scores = policy(keys[:, : draw.cache_size].to(device), values[:, : draw.cache_size].to(device))
         if estimator == "exact":
             loss = expected_cost(scores, importance) / optimal_total_cost(importance)
+        elif estimator == "softrank":
+            loss = soft_rank_loss(scores, importance)
         else:
             loss = rloo_loss(scores, importance, params.rloo_samples, _generator(params.seed, "rankings", step, device))
         optimizer.zero_grad(set_to_none=True)
@@ -168,7 +171,7 @@ def _normalise(policy: Policy, reader: TraceReader) -> None:
     total, squares, tokens = torch.zeros(()), torch.zeros(()), 0
     for sequence in range(count):
         keys, values, _ = reader.read(sequence)
-        states = torch.cat([keys, values], dim=-1).double()  # (heads, n, 2 * head_dim)
+        states = policy.states(keys, values).double()  # (heads, n, channels)
         total = total + states.sum(1, keepdim=True)
         squares = squares + states.square().sum(1, keepdim=True)
         tokens += states.shape[1]

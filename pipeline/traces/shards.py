@@ -13,7 +13,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -207,14 +207,24 @@ class TraceReader:
     cache_bytes
         How much decoded data to keep; the least recently used is dropped first. A run-time resource,
         no parameter of the result.
+    layers, sequences
+        Numbers of layers and indices of sequences to restrict the reader to, in this order; None for all.
+        ``shape`` and ``sequences`` then describe the restriction.
 
     Raises
     ------
     PipelineError
-        The manifest is missing or unreadable, or the split has no sequences.
+        The manifest is missing or unreadable, the split has no sequences, or a layer does not exist.
     """
 
-    def __init__(self, root: Path, split: str, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        root: Path,
+        split: str,
+        cache_bytes: int,
+        layers: Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+    ) -> None:
         try:
             manifest = json.loads((root / MANIFEST).read_text())
             self.shape = TraceShape(**manifest["shape"])
@@ -229,6 +239,15 @@ class TraceReader:
         ]
         if not self.sequences:
             raise PipelineError(f"{root}: the split {split} has no sequences; raise corpora.*.samples.{split}.")
+        if sequences is not None:
+            self.sequences = [self.sequences[index] for index in sequences]
+        captured = self.shape.layer_numbers
+        wanted = captured if layers is None else tuple(layers)
+        if absent := sorted(set(wanted) - set(captured)):
+            raise PipelineError(
+                f"{root}: the traces have layers {', '.join(map(str, captured))}, not {absent[0]}; name others."
+            )
+        self.shape = replace(self.shape, layers=len(wanted), layer_numbers=wanted)
         self._checksums = {file["path"]: file["sha256"] for content in shards for file in content["files"]}
         self._files: dict[str, pq.ParquetFile] = {}
         self._memory: OrderedDict[int, tuple[Tensor, Tensor, Tensor]] = OrderedDict()

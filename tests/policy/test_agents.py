@@ -37,6 +37,21 @@ def test_stacked_agents_equal_separate_mlps(features: tuple[str, ...]) -> None:
             assert scores[head, token].item() == pytest.approx(hidden.item(), rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize(("inputs", "seen"), [("keys", slice(0, 8)), ("values", slice(8, 16))])
+def test_an_agent_of_keys_or_values_is_blind_to_the_other(inputs: str, seen: slice) -> None:
+    both = make_policy()
+    agent = AgentParams.model_validate(both.shape.agent.model_dump() | {"inputs": inputs})
+    policy = Policy(PolicyShape(3, 2, 8, agent))
+    assert policy.shape.parameters_per_agent == both.shape.parameters_per_agent - 8 * 16
+    kept = torch.cat([torch.arange(16)[seen], torch.tensor([16, 17])])  # the position features come last
+    state = both.state_dict()
+    state |= {name: state[name][..., seen] for name in ("mean", "std")}
+    policy.load_state_dict(state | {"weights.0": state["weights.0"][:, kept]})
+    both.weights[0].data[:, [channel for channel in range(18) if channel not in kept]] = 0
+    keys, values = torch.randn(6, 20, 8), torch.randn(6, 20, 8)
+    torch.testing.assert_close(policy(keys, values), both(keys, values))
+
+
 def test_one_layer_gives_the_same_scores_as_all_layers() -> None:
     policy = make_policy()
     keys, values = torch.randn(6, 20, 8), torch.randn(6, 20, 8)
@@ -64,6 +79,16 @@ def test_a_saved_policy_loads_with_one_call(tmp_path: Path) -> None:
     assert config["parameters_per_agent"] == policy.shape.parameters_per_agent
     keys, values = torch.randn(6, 20, 8), torch.randn(6, 20, 8)
     assert torch.equal(loaded(keys, values), policy(keys, values))
+
+
+def test_a_policy_saved_before_inputs_could_be_chosen_loads(tmp_path: Path) -> None:
+    policy = make_policy()
+    save_policy(tmp_path, policy, {"model": "tiny"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["agent"].pop("inputs") == "both"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    keys, values = torch.randn(6, 20, 8), torch.randn(6, 20, 8)
+    assert torch.equal(load_policy(tmp_path)[0](keys, values), policy(keys, values))
 
 
 def test_a_flipped_bit_is_named(tmp_path: Path) -> None:

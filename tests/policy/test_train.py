@@ -92,7 +92,7 @@ def test_gradients_are_clipped_per_agent() -> None:
         assert clipped == pytest.approx(min(5.0, factor * size), rel=1e-4)
 
 
-@pytest.mark.parametrize("estimator", ["exact", "rloo"])
+@pytest.mark.parametrize("estimator", ["exact", "rloo", "softrank"])
 def test_training_lowers_the_held_out_cost(traces: Path, tmp_path: Path, estimator: train.Estimator) -> None:
     run(traces, tmp_path / "work", estimator)
     curves = pl.read_parquet(tmp_path / "work" / "curves.parquet").filter(pl.col("metric") == "validation_cost")
@@ -106,7 +106,7 @@ def test_training_lowers_the_held_out_cost(traces: Path, tmp_path: Path, estimat
     assert final.tolist() == pytest.approx(last, rel=1e-5)
 
 
-@pytest.mark.parametrize("estimator", ["exact", "rloo"])
+@pytest.mark.parametrize("estimator", ["exact", "rloo", "softrank"])
 def test_an_interrupted_training_resumes_and_ends_with_the_same_bytes(
     traces: Path, tmp_path: Path, estimator: train.Estimator
 ) -> None:
@@ -145,10 +145,15 @@ def test_sequences_shorter_than_a_block_are_refused(tmp_path: Path) -> None:
         run(tmp_path / "traces", tmp_path / "work", "exact")
 
 
-def test_normalisation_statistics_are_those_of_the_training_data(traces: Path, tmp_path: Path) -> None:
-    run(traces, tmp_path / "work", "exact", PARAMS.model_copy(update={"steps": 1}))
+@pytest.mark.parametrize(("inputs", "seen"), [("keys", slice(0, 4)), ("values", slice(4, 8)), ("both", slice(0, 8))])
+def test_normalisation_statistics_are_those_of_the_training_data(
+    traces: Path, tmp_path: Path, inputs: str, seen: slice
+) -> None:
+    agent = PARAMS.agent.model_copy(update={"inputs": inputs})
+    run(traces, tmp_path / "work", "exact", PARAMS.model_copy(update={"steps": 1, "agent": agent}))
     policy, _ = load_policy(tmp_path / "work")
     reader = TraceReader(traces, "train", 0)
     states = torch.cat([torch.cat(reader.read(index)[:2], -1) for index in range(6)], dim=1).double()
+    states = states[..., seen]
     torch.testing.assert_close(policy.mean[:, 0].double(), states.mean(1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(policy.std[:, 0].double(), states.std(1, correction=0), rtol=1e-4, atol=1e-5)

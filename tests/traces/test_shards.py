@@ -97,6 +97,23 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
         assert file.read_bytes() == (tmp_path / "second" / file.relative_to(tmp_path / "first")).read_bytes()
 
 
+def test_a_reader_of_some_layers_and_sequences_is_a_part_of_the_whole(tmp_path: Path) -> None:
+    write(tmp_path)
+    whole = TraceReader(tmp_path, "train", cache_bytes=0)
+    part = TraceReader(tmp_path, "train", cache_bytes=0, layers=[1], sequences=[2, 0])
+    assert [sequence.sample_id for sequence in part.sequences] == ["c", "a"]
+    assert part.shape == dataclasses.replace(SHAPE, layers=1, layer_numbers=(1,))
+    for index, original in enumerate((2, 0)):
+        for ours, theirs in zip(part.read(index), whole.read(original), strict=True):
+            assert torch.equal(ours, theirs[3:])
+
+
+def test_a_layer_that_is_not_there_is_named(tmp_path: Path) -> None:
+    write(tmp_path)
+    with pytest.raises(PipelineError, match=r"the traces have layers 0, 1, not 2; name others\."):
+        TraceReader(tmp_path, "train", 0, layers=[0, 2])
+
+
 def test_memory_is_bounded(tmp_path: Path) -> None:
     write(tmp_path)
     reader = TraceReader(tmp_path, "train", cache_bytes=1)

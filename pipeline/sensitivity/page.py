@@ -1,0 +1,157 @@
+"""The study's page: one HTML file that stands alone, in the style of the main report."""
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+import polars as pl
+
+from pipeline.params import Params
+from pipeline.reporting import findings, names, page
+from pipeline.reporting.figures import Drawing
+from pipeline.reporting.page import Cell, Row, Table
+from pipeline.sensitivity.variants import BASE
+
+TITLE = "Learned KV-cache eviction: what the held-out cost depends on"
+INTRODUCTION = (
+    "Small trainings that each change one thing: how many sequences a policy learns from, how long, how wide its "
+    "agents are, what they see, and which loss they follow. The base variant is a shortened training of the main "
+    "report's policy with the exact policy gradient, on some of its layers. The sorting surrogate is the one that the "
+    "paper compares with: soft ranks of Blondel et al. (arXiv 2002.08871), regressed onto the ranks by importance."
+)
+# Axis of the study -> words for one of its values.
+WORDS = {
+    "training_fraction": "share of the training sequences: {}",
+    "steps": "training steps: {}",
+    "hidden_width": "hidden width: {}",
+    "inputs": "inputs: {}",
+    "estimator": "loss: {}",
+}
+
+
+def render(params: Params, summary: pl.DataFrame, drawn: Sequence[tuple[Drawing, Path]]) -> str:
+    """The page, from the table of ``tables.summary_table`` and the figures with the PNG each was drawn to."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([Path(__file__).parent, page.TEMPLATES]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    return environment.get_template("sensitivity.html.jinja").render(
+        title=TITLE,
+        introduction=INTRODUCTION,
+        findings=_findings(summary),
+        confidence=f"{params.report.confidence:.0%}",
+        seeds=params.sensitivity.seeds,
+        setup=[_setup(params)],
+        figures=[
+            {
+                "title": drawing.title,
+                "paper": drawing.paper,
+                "caption": drawing.caption,
+                "data": base64.b64encode(path.read_bytes()).decode(),
+            }
+            for drawing, path in drawn
+        ],
+        tables=[*_axis_tables(summary), *_transfer_tables(summary)],
+    )
+
+
+def _findings(summary: pl.DataFrame) -> list[str]:
+    sentences = []
+    losses = summary.filter(pl.col("axis") == BASE[0], pl.col("trained_on") == pl.col("corpus"))
+    for (model, corpus), part in losses.group_by("model", "corpus", maintain_order=True):
+        rows = {row["value"]: row for row in part.iter_rows(named=True)}
+        exact, rloo = rows.pop("exact"), rows.pop("rloo")
+        words = [f"the exact gradient ends at {exact['mean']:.3f}", f"rloo at {rloo['mean']:.3f} ({_difference(rloo)})"]
+        if rows:
+            best = min(rows.values(), key=lambda row: row["mean"])
+            rate = best["value"].removeprefix("softrank ")
+            words.append(f"the best soft rank, at learning rate {rate}, at {best['mean']:.3f} ({_difference(best)})")
+        sentences.append(f"{names.corpus_title(str(corpus))}, {model}: {', '.join(words)}.")
+    return sentences
+
+
+def _difference(row: dict[str, float]) -> str:
+    return f"{row['difference']:+.3f}, interval {row['difference_low']:+.3f} to {row['difference_high']:+.3f}"
+
+
+def _setup(params: Params) -> Table:
+    train, study = params.train, params.sensitivity
+    settings = {
+        "models": ", ".join(params.matrix.model),
+        "corpora": ", ".join(map(names.corpus_title, params.matrix.corpus)),
+        "layers, with all their KV heads": ", ".join(map(str, study.layers)),
+        "seeds": str(study.seeds),
+        "base variant": f"exact gradient, {study.base_steps:,} steps, learning rate {train.learning_rate:g}, width "
+        f"{train.agent.hidden_width}, position features: {', '.join(train.agent.position_features) or 'none'}",
+        "learning rates of the soft rank": ", ".join(
+            f"{factor * train.learning_rate:g}" for factor in study.softrank_rate_factor
+        )
+        + " (our choice: multiples of the base variant's)",
+    }
+    return Table(
+        "The study",
+        ["setting", "value"],
+        [Row([Cell(name), Cell(value, look="text")]) for name, value in settings.items()],
+    )
+
+
+def _axis_tables(summary: pl.DataFrame) -> list[Table]:
+    found = []
+    own = summary.filter(pl.col("trained_on") == pl.col("corpus"))
+    for (model, corpus), part in own.group_by("model", "corpus", maintain_order=True):
+        rows = []
+        for row in part.iter_rows(named=True):
+            rows.append(
+                Row(
+                    [
+                        Cell(WORDS[row["axis"]].format(row["value"])),
+                        Cell(f"{row['mean']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"),
+                        _difference_cell(row),
+                    ],
+                    ours=(row["axis"], row["value"]) == BASE,
+                )
+            )
+        found.append(
+            Table(
+                f"{names.corpus_title(str(corpus))}: normalised cost at the end of training, 1 = best order ({model})",
+                ["variant", "cost", "minus base variant"],
+                rows,
+                "Shaded: the interval of the difference excludes zero (green: better than the base variant, "
+                "orange: worse). Rows with difference 0 are the base variant itself.",
+            )
+        )
+    return found
+
+
+def _difference_cell(row: dict[str, float]) -> Cell:
+    low, high = row["difference_low"], row["difference_high"]
+    if low == high == 0:
+        return Cell("0")
+    outcome = findings.verdict(low, high, lower_is_better=True)
+    look = "" if outcome == "undecided" else outcome
+    return Cell(f"{row['difference']:+.3f}", f"{low:+.3f} to {high:+.3f}", look)
+
+
+def _transfer_tables(summary: pl.DataFrame) -> list[Table]:
+    found = []
+    base = summary.filter(pl.col("axis") == BASE[0], pl.col("value") == BASE[1])
+    for (model,), part in base.group_by("model", maintain_order=True):
+        corpora = part["corpus"].unique(maintain_order=True).to_list()
+        rows = []
+        for (trained_on,), line in part.group_by("trained_on", maintain_order=True):
+            by_corpus = {row["corpus"]: row for row in line.iter_rows(named=True)}
+            cells = [
+                Cell(f"{by_corpus[c]['mean']:.3f}", f"{by_corpus[c]['low']:.3f} to {by_corpus[c]['high']:.3f}")
+                for c in corpora
+            ]
+            rows.append(Row([Cell(f"trained on {names.corpus_title(str(trained_on))}"), *cells]))
+        found.append(
+            Table(
+                f"Transfer between corpora: normalised cost of the base variant ({model})",
+                ["", *(f"evaluated on {names.corpus_title(corpus)}" for corpus in corpora)],
+                rows,
+            )
+        )
+    return found

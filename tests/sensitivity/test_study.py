@@ -1,0 +1,126 @@
+"""The study on made-up traces: what it trains, what it reports, and what an interruption costs."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from pipeline.params import SensitivityParams
+from pipeline.policy.agents import load_policy
+from pipeline.policy.train import describe, train_policy, validation_cost
+from pipeline.sensitivity.study import STUDY_COLUMNS, count_trainings, run_study, subset
+from pipeline.sensitivity.variants import BASE, variants
+from pipeline.traces.shards import TraceReader
+from tests.sensitivity.conftest import STUDY, TRAIN
+
+Advance = Callable[[int, str], None]
+
+
+def study(
+    work: Path, traces: dict[str, Path], sensitivity: SensitivityParams = STUDY, stop_after: int = 0
+) -> tuple[pl.DataFrame, int, int]:
+    """The table, the trainings reported and the training steps taken. ``stop_after`` steps, Ctrl-C is pressed."""
+    trainings, steps = 0, 0
+
+    def advance(count: int, _status: str) -> None:
+        nonlocal trainings, steps
+        trainings += count
+        steps += count == 0
+        if stop_after and steps == stop_after:
+            raise KeyboardInterrupt
+
+    table = run_study(work, traces, TRAIN, sensitivity, 1 << 20, "cpu", advance)
+    return table, trainings, steps
+
+
+@pytest.fixture(scope="module")
+def finished(traces: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pl.DataFrame]:
+    """A study and its work directory."""
+    work = tmp_path_factory.mktemp("work")
+    table, trainings, _ = study(work, traces)
+    assert trainings == 2 * count_trainings(TRAIN, STUDY) == 2 * 2 * 12
+    return work, table
+
+
+def test_the_table_has_every_variant_seed_head_and_corpus(finished: tuple[Path, pl.DataFrame]) -> None:
+    _, table = finished
+    assert tuple(table.columns) == STUDY_COLUMNS
+    assert not table.select(pl.exclude("cost")).is_duplicated().any()
+    assert table["cost"].is_finite().all()
+    assert (table["cost"] >= 0.999).all()
+    final = table.filter(pl.col("step") == pl.col("step").max().over("axis", "value"))
+    assert set(final.select("layer", "kv_head").iter_rows()) == {(1, 0), (1, 1), (3, 0), (3, 1)}
+    assert final.height == 16 * 2 * 2 * 2 * 4  # variants, seeds, trained_on, corpora, heads
+    curves = table.filter(pl.col("axis") == "estimator", pl.col("corpus") == pl.col("trained_on"))
+    assert set(curves["step"]) == {1, 20, 40, 60}
+
+
+def test_costs_are_those_of_the_policy_trained_on_these_layers(
+    finished: tuple[Path, pl.DataFrame], traces: dict[str, Path], tmp_path: Path
+) -> None:
+    _, table = finished
+
+    def reader(corpus: str, split: str) -> TraceReader:
+        return TraceReader(traces[corpus], split, 0, layers=[1, 3])
+
+    train, own = reader("ruler", "train"), reader("ruler", "validation")
+    params = next(v.training.params for v in variants(TRAIN, STUDY, 3) if (v.axis, v.value) == BASE)
+    config = describe(params, train, "exact")
+    train_policy(tmp_path, train, own, "exact", params, config, "cpu", lambda _count, _status: None)
+    policy, _ = load_policy(tmp_path, "tiny")
+    rows = table.filter(axis="estimator", value="exact", seed=3, trained_on="ruler", step=60)
+    for corpus in ("ruler", "dialogues"):
+        found = rows.filter(corpus=corpus).sort("layer", "kv_head")
+        assert found["layer"].to_list() == [1, 1, 3, 3]
+        assert found["cost"].to_list() == pytest.approx(
+            validation_cost(policy, reader(corpus, "validation"), "cpu").tolist(), rel=1e-6
+        )
+
+
+def test_the_study_finds_what_these_traces_hide(finished: tuple[Path, pl.DataFrame]) -> None:
+    _, table = finished
+    mean = {
+        key: float(part["cost"].mean())  # type: ignore[arg-type]
+        for key, part in table.filter(pl.col("step") == 60).group_by("value", "trained_on", "corpus")
+    }
+    # Importance is a function of the keys, of another channel in each corpus; values and positions say nothing.
+    assert mean["both", "ruler", "ruler"] < 1.15
+    assert mean["keys, no position", "ruler", "ruler"] < 1.15
+    assert mean["values", "ruler", "ruler"] > 1.5
+    assert mean["both", "ruler", "dialogues"] > 1.5
+
+
+def test_finished_trainings_are_not_made_again(finished: tuple[Path, pl.DataFrame], traces: dict[str, Path]) -> None:
+    work, table = finished
+    again, _, steps = study(work, traces)
+    assert steps == 0
+    assert again.equals(table)
+    assert not [path for path in work.glob("*/*") if path.is_dir()]
+    wider = STUDY.model_copy(update={"hidden_width": (4, 8, 16)})
+    _, trainings, steps = study(work, traces, wider)
+    assert trainings == 2 * 2 * 13
+    assert steps == 2 * 2 * (STUDY.base_steps + 1)  # the new width, with the call that reports the start
+
+
+def test_an_interrupted_study_ends_with_the_same_table(
+    finished: tuple[Path, pl.DataFrame], traces: dict[str, Path], tmp_path: Path
+) -> None:
+    _, table = finished
+    with pytest.raises(KeyboardInterrupt):
+        study(tmp_path, traces, stop_after=100)
+    done = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.parquet")}
+    assert done
+    again, _, _ = study(tmp_path, traces)
+    assert again.equals(table)
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.parquet")}.items() >= done.items()
+
+
+def test_subsets_are_nested_and_differ_between_seeds() -> None:
+    for seed in range(3):
+        eighth, half = (set(subset(65, fraction, seed)) for fraction in (1 / 8, 1 / 2))
+        assert (len(eighth), len(half)) == (8, 32)
+        assert eighth < half < set(range(65))
+    assert subset(65, 0.5, 0) == sorted(subset(65, 0.5, 0))
+    assert subset(65, 0.5, 0) != subset(65, 0.5, 1)
+    assert len(subset(3, 0.01, 0)) == 1
