@@ -123,7 +123,7 @@ class SplitSizes(_Section):
     test: PositiveInt
 
 
-class TestSize(_Section):
+class EvaluationSize(_Section):
     """Samples of a corpus that is only evaluated; per task where it has several."""
 
     test: PositiveInt
@@ -191,7 +191,7 @@ class ChoiceParams(_Section):
     source: SourceParams
     late_question: bool
     budgets: Budgets
-    samples: TestSize
+    samples: EvaluationSize
     seed: int
     stands_in_for: str | None = None
 
@@ -210,7 +210,7 @@ class LongBenchParams(_Section):
     max_new_tokens: PositiveInt
     late_question: bool
     budgets: Budgets
-    samples: TestSize
+    samples: EvaluationSize
     seed: int
     stands_in_for: str | None = None
 

@@ -11,7 +11,7 @@ import pytest
 from pipeline.corpora.choice import TASKS, Question, build, read_questions
 from pipeline.errors import PipelineError
 from pipeline.models import load_tokenizer
-from pipeline.params import ChoiceParams, SourceParams, TestSize
+from pipeline.params import ChoiceParams, EvaluationSize, SourceParams
 
 # task -> rows with the hub's columns.
 HUB_ROWS: dict[str, list[dict[str, Any]]] = {
@@ -131,7 +131,7 @@ def params(task: str, test: int = 2, **changes: Any) -> ChoiceParams:
             "source": SourceParams(uri="file:rows.jsonl", licence="MIT"),
             "late_question": False,
             "budgets": (24,),
-            "samples": TestSize(test=test),
+            "samples": EvaluationSize(test=test),
             "seed": 1,
         }
         | changes
