@@ -29,6 +29,7 @@ _SHORTEST = 0.9
 _CANDIDATES = 200
 
 Message = dict[str, str]
+_NEXT = {"role": "user", "content": "And then?"}
 
 
 @dataclass(frozen=True)
@@ -207,9 +208,13 @@ class _Composer:
         turns = [turn for thread in threads for turn in thread.turns]
         return encode_pair(self.tokenizer, chat_prompt(self.tokenizer, turns[:-1]), turns[-1]["content"], self.end)
 
+    def _tokens(self, turns: Sequence[Message]) -> int:
+        return len(encode(self.tokenizer, chat_prompt(self.tokenizer, turns)))
+
     def _size(self, thread: Thread) -> int:
         if thread.leaf not in self.sizes:
-            self.sizes[thread.leaf] = len(encode(self.tokenizer, chat_prompt(self.tokenizer, thread.turns)))
+            # In front of another turn: what a template adds once per dialogue is no part of a thread.
+            self.sizes[thread.leaf] = self._tokens([*thread.turns, _NEXT]) - self._tokens([_NEXT])
         return self.sizes[thread.leaf]
 
 
