@@ -38,14 +38,23 @@ def smollm2(default_params: Params) -> Path:
 @pytest.fixture
 def with_bos(tmp_path: Path, smollm2: Path) -> Path:
     """The same, with a tokenizer that puts ``<|im_start|>`` before any text, as Gemma's does with its own."""
-    out = tmp_path / "with_bos"
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    return _with_template(smollm2, tmp_path / "with_bos", "<|im_start|> $A")
+
+
+@pytest.fixture
+def without_bos(tmp_path: Path, smollm2: Path) -> Path:
+    """The same, with a tokenizer that puts nothing before a text, as Qwen's."""
+    return _with_template(smollm2, tmp_path / "without_bos", "$A")
+
+
+def _with_template(model: Path, out: Path, single: str) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(model)
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<|im_start|> $A", special_tokens=[("<|im_start|>", start)]
+        single=single, special_tokens=[("<|im_start|>", start)]
     )
     tokenizer.save_pretrained(out)
-    (out / "config.json").write_text((smollm2 / "config.json").read_text())
+    (out / "config.json").write_text((model / "config.json").read_text())
     return out
 
 

@@ -1,5 +1,6 @@
 """Multiple choice against strings that lm-eval 0.4.13 rendered, and token ids against its way of cutting."""
 
+import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -7,11 +8,14 @@ from typing import Any
 
 import polars as pl
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pipeline.corpora.choice import TASKS, Question, build, read_questions
 from pipeline.errors import PipelineError
+from pipeline.evaluation.sweep import FULL, Sweep
 from pipeline.models import load_tokenizer
-from pipeline.params import ChoiceParams, EvaluationSize, SourceParams
+from pipeline.params import ChoiceParams, EvaluationParams, SourceParams, TracesParams
 
 # task -> rows with the hub's columns.
 HUB_ROWS: dict[str, list[dict[str, Any]]] = {
@@ -131,7 +135,7 @@ def params(task: str, test: int = 2, **changes: Any) -> ChoiceParams:
             "source": SourceParams(uri="file:rows.jsonl", licence="MIT"),
             "late_question": False,
             "budgets": (24,),
-            "samples": EvaluationSize(test=test),
+            "samples": {"test": test},
             "seed": 1,
         }
         | changes
@@ -193,19 +197,19 @@ def test_tokens_are_cut_as_the_harness_cuts_them(task: str, tmp_path: Path, smol
         assert sample.choices == tuple(map(tuple, expected))
         assert sample.input_ids == (*alone, *expected[gold])
         assert (sample.prompt_len, sample.gold, sample.answers) == (len(alone), gold, tuple(choices))
-        assert tokenizer.decode([*alone, *expected[gold]]) == f"{context} {choices[gold]}"
+        assert tokenizer.decode([*alone, *expected[gold]], skip_special_tokens=True) == f"{context} {choices[gold]}"
         assert sample.metric == ("accuracy_norm" if task == "hellaswag" else "accuracy")
         assert (sample.corpus, sample.split, sample.max_new_tokens, sample.question_start) == ("name", "test", 0, None)
         assert sample.task == (HUB_ROWS["mmlu"][row]["subject"] if task == "mmlu" else "name")
     assert len({sample.sample_id for sample in samples["test"]}) == 2
 
 
-def test_a_late_question_begins_behind_the_passage(tmp_path: Path, smollm2: Path) -> None:
+def test_a_late_question_begins_behind_the_passage(tmp_path: Path, without_bos: Path) -> None:
     source = write(tmp_path / "rows.jsonl", HUB_ROWS["boolq"])
     early, late = (
-        build(params("boolq", late_question=late), "boolq", source, smollm2)["test"] for late in (False, True)
+        build(params("boolq", late_question=late), "boolq", source, without_bos)["test"] for late in (False, True)
     )
-    tokenizer = load_tokenizer(smollm2)
+    tokenizer = load_tokenizer(without_bos)
     for before, sample in zip(early, late, strict=True):
         assert sample.input_ids == before.input_ids
         row = HUB_ROWS["boolq"][json.loads(sample.meta)["row"]]
@@ -215,11 +219,11 @@ def test_a_late_question_begins_behind_the_passage(tmp_path: Path, smollm2: Path
         assert question == f"\nQuestion: {row['question']}?\nAnswer:"
 
 
-def test_a_tokenizer_s_own_first_token_is_kept(tmp_path: Path, smollm2: Path, with_bos: Path) -> None:
+def test_a_tokenizer_s_own_first_token_is_kept(tmp_path: Path, without_bos: Path, with_bos: Path) -> None:
     source = write(tmp_path / "rows.jsonl", HUB_ROWS["boolq"])
     start = load_tokenizer(with_bos).convert_tokens_to_ids("<|im_start|>")
     without, with_it = (
-        build(params("boolq", late_question=True), "boolq", source, model)["test"] for model in (smollm2, with_bos)
+        build(params("boolq", late_question=True), "boolq", source, model)["test"] for model in (without_bos, with_bos)
     )
     for plain, sample in zip(without, with_it, strict=True):
         assert sample.input_ids == (start, *plain.input_ids)
@@ -283,3 +287,36 @@ def test_a_directory_without_the_evaluated_split_is_refused(tmp_path: Path) -> N
     write(tmp_path / "boolq/train-00000-of-00001.parquet", HUB_ROWS["boolq"])
     with pytest.raises(PipelineError, match=r"holds none of boolq/validation\*, .* like aps/super_glue"):
         read_questions("boolq", tmp_path)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_uncompressed_model_chooses_as_a_forward_per_choice(task: str, tmp_path: Path, smollm2: Path) -> None:
+    tokenizer = load_tokenizer(smollm2)
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, initializer_range=0.3,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    evaluation = EvaluationParams(budgets=(20,), n_sink=4, n_recent=16, seed=0)
+    traces = TracesParams(block_size=16, query_chunk=32, sequences_per_shard=2)
+    sweep = Sweep(model, tokenizer, {}, evaluation, traces, (20,), whole_if_shorter=True)
+    source = write(tmp_path / "rows.jsonl", HUB_ROWS[task])
+    for late in {False, task == "boolq"}:
+        for sample in build(params(task, late_question=late), task, source, smollm2)["test"]:
+            context, choices, _ = RENDERED[task][json.loads(sample.meta)["row"]]
+            scores = []
+            for choice in choices:
+                ids = torch.tensor([tokenizer.encode(f"{context} {choice}")])
+                with torch.no_grad():
+                    logits = model(ids).logits[0, :-1].double().log_softmax(-1)
+                first = len(tokenizer.encode(context.rstrip()))
+                scores.append(logits.gather(1, ids[0, 1:, None])[first - 1 :].sum().item())
+            if task == "hellaswag":
+                scores = [score / len(choice) for score, choice in zip(scores, choices, strict=True)]
+            # Whatever is called right shows which choice was taken.
+            for called_right in range(len(choices)):
+                outcomes, _ = sweep.run(dataclasses.replace(sample, gold=called_right), seed=1)
+                (full,) = (outcome for outcome in outcomes if outcome.key == FULL)
+                assert full.metric == sample.metric
+                assert full.value == float(scores.index(max(scores)) == called_right)

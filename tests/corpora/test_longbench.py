@@ -12,7 +12,7 @@ from pipeline.benchmarks.longbench import METRICS
 from pipeline.corpora.longbench import TASKS, build, read_documents
 from pipeline.errors import PipelineError
 from pipeline.models import load_tokenizer
-from pipeline.params import EvaluationSize, LongBenchParams, SourceParams
+from pipeline.params import LongBenchParams, SourceParams
 from tests.corpora.test_choice import write
 
 # eval.py: the metric of each task; pred.py: the tasks without a chat template.
@@ -58,7 +58,7 @@ def params(tasks: tuple[str, ...], **changes: Any) -> LongBenchParams:
             "max_new_tokens": 100,
             "late_question": False,
             "budgets": (24,),
-            "samples": EvaluationSize(test=1),
+            "samples": {"test": 1},
             "seed": 1,
         }
         | changes
@@ -78,11 +78,11 @@ def test_the_table_is_longbench_s() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_prompts_are_as_pred_py_makes_them(task: str, tmp_path: Path, smollm2: Path) -> None:
+def test_prompts_are_as_pred_py_makes_them(task: str, tmp_path: Path, without_bos: Path) -> None:
     source = write(tmp_path / "rows.jsonl", [row("lsht", 9), row(task, 4), row("dureader", 9)])
     lines: list[str] = []
-    (sample,) = build(params((task,)), "longbench", source, smollm2, lines.append)["test"]
-    tokenizer = load_tokenizer(smollm2)
+    (sample,) = build(params((task,)), "longbench", source, without_bos, lines.append)["test"]
+    tokenizer = load_tokenizer(without_bos)
     prompt = filled(task, row(task, 4))
     text = tokenizer.decode(sample.input_ids[: sample.prompt_len])
     answer = tokenizer.decode(sample.input_ids[sample.prompt_len :])
@@ -177,7 +177,7 @@ def test_each_task_gives_its_share(tmp_path: Path, smollm2: Path) -> None:
     source = write(tmp_path / "rows.jsonl", [row(task, n) for n in range(9) for task in ("qasper", "qmsum")])
 
     def drawn(seed: int) -> dict[str, list[int]]:
-        chosen = params(("qmsum", "qasper"), samples=EvaluationSize(test=4), seed=seed)
+        chosen = params(("qmsum", "qasper"), samples={"test": 4}, seed=seed)
         samples = build(chosen, "longbench", source, smollm2)["test"]
         assert len({sample.sample_id for sample in samples}) == 8
         by_task: dict[str, list[int]] = {"qmsum": [], "qasper": []}
