@@ -26,6 +26,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "track": (),
     "sensitivity": (),
     "sensitivity_report": (),
+    "plan": (),
 }
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(REPOSITORY),

@@ -92,7 +92,7 @@ def test_expected_cost_and_gradient_equal_the_enumeration_of_permutations(n: int
 
 @pytest.mark.parametrize("pairs", [1, 700, 5000, 1 << 20])
 def test_expected_cost_does_not_depend_on_the_block_size(pairs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranking, "_PAIRS_PER_BLOCK", {"cpu": pairs})
+    monkeypatch.setattr(ranking, "PAIRS_PER_BLOCK", {"cpu": pairs})
     scores, importance = random_problem(60, seed=3, heads=5)
     scores.requires_grad_()
     before = torch.sigmoid(scores[:, :, None] - scores[:, None, :])
