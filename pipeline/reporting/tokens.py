@@ -22,18 +22,19 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from pipeline.errors import PipelineError
 from pipeline.params import MatrixParams, ReportParams
 from pipeline.reporting import names, tables
-from pipeline.reporting.figures import Drawing, evenly_spaced, example_head
+from pipeline.reporting.figures import DPI, Drawing, evenly_spaced, example_head
 
 TOKEN_COLUMNS = (
     "sample_id", "task", "policy", "trained_on", "layer", "kv_head", "position", "token", "importance", "rank",
 )  # fmt: skip
 Pair = tuple[str, str | None]
 
-# Lightness falls evenly from evicted first (near white) to kept longest; told apart with any colour vision.
-COLOUR_MAP, LEVELS = "magma_r", 256
-# The ends of the map are left out: on them neither black nor white paper leaves the text its contrast.
-MAP_RANGE = (0.0, 0.8)
-EVICTED_INK = "#8a8a8a"
+# A perceptually uniform map that reads with any colour vision and in grey. Kept tokens take its dark part and evicted
+# ones its light part, with a step in between; on each of the two parts one ink can be read.
+COLOUR_MAP = "magma_r"
+KEPT_PART, EVICTED_PART, STEPS = (0.85, 0.5), (0.22, 0.0), 12
+KEPT_INK, EVICTED_INK = "#ffffff", "#404040"
+LEVELS = 256  # of the ranks on the page
 
 # Tokens of figure 1, of a whole-text figure, and of a text on the page; longer texts are cut to a window.
 EXCERPT, WHOLE, PAGE = 72, 1_200, 5_000
@@ -152,7 +153,7 @@ def figure_layers(text: Text, report: ReportParams) -> tuple[int, int, int]:
 
 
 def draw_panels(
-    text: Text, layer: int, kv_head: int, budget: int, window: range, pairs: Sequence[Pair], columns: int, size: float
+    text: Text, layer: int, kv_head: int, budget: int, window: range, pairs: Sequence[Pair], columns: int, advance: int
 ) -> Figure:
     """One panel for each policy: its name, what it keeps, and the text in its colours.
 
@@ -160,9 +161,10 @@ def draw_panels(
     ----------
     columns
         Panels beside each other.
-    size
-        Font size of the text in points.
+    advance
+        Width of a letter in pixels. A whole number: renderers round it, and letters would leave their boxes.
     """
+    size = advance / ADVANCE * 72 / DPI  # points
     pairs = list(pairs)
     width, gap, margin = 10.8, 0.3, 0.15  # inches
     panel = (width - gap * (columns - 1)) / columns
@@ -182,9 +184,9 @@ def draw_panels(
         left = margin + (place % columns) * (panel + gap)
         top = height - margin - legend - (place // columns) * block
         kept = importance[ranks < budget].sum() / importance.sum()
-        note = f"{budget} tokens keep {kept:.0%} of the future attention"
+        note = f"keeps {kept:.0%}"
         if answer := text.answer_tokens():
-            note += f"; answer complete from {ranks[answer.start : answer.stop].max() + 1}"
+            note += f"; all of the answer from {ranks[answer.start : answer.stop].max() + 1} tokens"
         label = "True future importance" if pair[0] == "oracle" else names.label(*pair)
         figure.text(left / figure.get_figwidth(), (top - 0.17) / height, label, fontsize=11, fontweight="bold")
         figure.text(left / figure.get_figwidth(), (top - 0.36) / height, note, fontsize=8.5, color="#444444")
@@ -231,12 +233,22 @@ def wrap(tokens: Sequence[str], columns: int) -> list[list[tuple[str, int]]]:
     return [line for line in lines if line]
 
 
-def palette() -> list[tuple[str, str]]:
-    """Background and ink of each level, 0 = kept longest; the ink has at least 4.5 : 1 contrast (WCAG 2 AA)."""
+def ramps() -> tuple[list[str], list[str]]:
+    """Backgrounds of kept and of evicted tokens, from kept longest to evicted first."""
     colour_map = matplotlib.colormaps[COLOUR_MAP]
-    colours = colour_map(np.linspace(*reversed(MAP_RANGE), LEVELS))[:, :3]
+    kept, evicted = (
+        [matplotlib.colors.to_hex(colour) for colour in colour_map(np.linspace(*part, STEPS))]
+        for part in (KEPT_PART, EVICTED_PART)
+    )
+    return kept, evicted
+
+
+def backgrounds(ranks: npt.NDArray[np.int32], n: int, budget: int) -> list[str]:
+    """The background of each rank in a cache of n tokens of which ``budget`` are kept."""
+    kept, evicted = ramps()
     return [
-        (matplotlib.colors.to_hex(colour), "#ffffff" if _luminance(colour) < 0.179 else "#000000") for colour in colours
+        kept[rank * STEPS // budget] if rank < budget else evicted[(rank - budget) * STEPS // (n - budget)]
+        for rank in ranks.tolist()
     ]
 
 
@@ -289,7 +301,13 @@ def page_block(texts: Sequence[Text], budget: int, report: ReportParams) -> dict
                 "kept": min(100, round(100 * budget / n)),
             }
         )
-    return {"texts": block, "palette": palette(), "all_layers": max((len(text.layers) for text in texts), default=0)}
+    return {
+        "texts": block,
+        "ramps": ramps(),
+        "inks": (KEPT_INK, EVICTED_INK),
+        "top": LEVELS - 1,
+        "all_layers": max((len(text.layers) for text in texts), default=0),
+    }
 
 
 def _text(path: Path, model: str, corpus: str, part: pl.DataFrame, answers: tuple[str, ...]) -> Text:
@@ -328,7 +346,7 @@ def _excerpt_drawing(text: Text, layer: int, kv_head: int, budget: int, answer: 
         f"What each policy would keep around the answer, {_where(text, layer, kv_head)}",
         f"Tokens {window.start} to {window.stop - 1} of {len(text.tokens)}; the answer stands at {answer.start} to "
         f"{answer.stop - 1}. {_colour_note(budget)}",
-        lambda: draw_panels(text, layer, kv_head, budget, window, pairs, columns=3, size=9.5),
+        lambda: draw_panels(text, layer, kv_head, budget, window, pairs, columns=3, advance=8),
     )
 
 
@@ -342,7 +360,7 @@ def _whole_drawing(paper: str, text: Text, layer: int, kv_head: int, budget: int
         paper,
         f"What each policy would keep of a text, {_where(text, layer, kv_head)}",
         f"{extent}, {len(text.tokens)} tokens in all. {_colour_note(budget)}",
-        lambda: draw_panels(text, layer, kv_head, budget, window, pairs, columns=2, size=6.2),
+        lambda: draw_panels(text, layer, kv_head, budget, window, pairs, columns=2, advance=6),
     )
 
 
@@ -353,8 +371,8 @@ def _where(text: Text, layer: int, kv_head: int) -> str:
 
 def _colour_note(budget: int) -> str:
     return (
-        "Each token is coloured by its rank in the policy's own order, before any token is protected; those that a "
-        f"budget of {budget} would evict are written in grey. The policies see the prompt only; the true importance "
+        "Each token is coloured by its rank in the policy's own order, before any token is protected: dark where a "
+        f"budget of {budget} tokens keeps it. The policies see the prompt only; the true importance "
         "is the attention that the reference continuation pays. Every layer, head and policy: block below the figures."
     )
 
@@ -368,7 +386,7 @@ def _draw_text(
     size: float,
 ) -> None:
     axes.set_ylim(len(lines), 0)
-    colours, shade = palette(), levels(ranks, n)
+    shades = backgrounds(ranks, n, budget)
     boxes, fills = [], []
     for row, line in enumerate(lines):
         token = np.array([index for _, index in line])
@@ -377,9 +395,9 @@ def _draw_text(
             # A hair of paper between tokens shows where one ends.
             left, right, top, bottom = start + 0.05, stop - 0.05, row + 0.04, row + 0.96
             boxes.append([(left, top), (right, top), (right, bottom), (left, bottom)])
-            fills.append(colours[shade[token[start]]][0])
+            fills.append(shades[token[start]])
         # One text object for each ink of a line, the other letters left out: the font is monospaced.
-        inks = [colours[shade[index]][1] if ranks[index] < budget else EVICTED_INK for index in token]
+        inks = [KEPT_INK if ranks[index] < budget else EVICTED_INK for index in token]
         for ink in sorted(set(inks)):
             letters = "".join(letter if own == ink else " " for (letter, _), own in zip(line, inks, strict=True))
             axes.text(
@@ -391,14 +409,16 @@ def _draw_text(
 def _draw_legend(figure: Figure, place: tuple[float, float], budget: int, n: int) -> None:
     left, bottom = place
     axes = _axes(figure, left, bottom + 0.24, 3.6, 0.16)
-    colours = [matplotlib.colors.to_rgb(colour) for colour, _ in palette()]
+    colours = [matplotlib.colors.to_rgb(colour) for colour in backgrounds(np.arange(n, dtype=np.int32), n, budget)]
     axes.imshow([colours], extent=(0, n, 0, 1), aspect="auto", interpolation="nearest")
-    axes.axvline(budget, color="#ffffff", linewidth=1.5)
-    for rank, text, align in ((0, "kept longest", "left"), (n, f"evicted first (rank {n - 1})", "right")):
+    for rank, text, align in ((0, "kept longest", "left"), (n, "evicted first", "right")):
         axes.text(rank, -0.35, text, fontsize=8.5, ha=align, va="top")
-    axes.text(budget, 1.25, f"budget {budget}", fontsize=8.5, ha="center", va="bottom")
-    note = f"Grey letters: evicted at a budget of {budget} tokens. {NEWLINE} is a line break."
-    figure.text((left + 3.9) / figure.get_figwidth(), (bottom + 0.26) / figure.get_figheight(), note, fontsize=9)
+    axes.text(budget, 1.25, f"{budget} of {n} tokens", fontsize=8.5, ha="center", va="bottom")
+    note = (
+        f"Dark: kept at a budget of {budget} tokens; light: evicted. {NEWLINE} is a line break.\n"
+        "Above each text: share of the future attention that is kept, and the budget that keeps all of the answer."
+    )
+    figure.text((left + 3.9) / figure.get_figwidth(), (bottom + 0.2) / figure.get_figheight(), note, fontsize=8.5)
 
 
 def _axes(figure: Figure, left: float, bottom: float, width: float, height: float) -> Axes:
@@ -407,8 +427,3 @@ def _axes(figure: Figure, left: float, bottom: float, width: float, height: floa
     axes = figure.add_axes((left / wide, bottom / high, width / wide, height / high))
     axes.set_axis_off()
     return axes
-
-
-def _luminance(colour: npt.NDArray[np.float64]) -> float:
-    linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
-    return float(linear @ [0.2126, 0.7152, 0.0722])
