@@ -85,10 +85,9 @@ def test_the_study_finds_what_these_traces_hide(finished: tuple[Path, pl.DataFra
         for key, part in table.filter(pl.col("step") == 60).group_by("value", "trained_on", "corpus")
     }
     # Importance is a function of the keys, of another channel in each corpus; values and positions say nothing.
-    assert mean["both", "ruler", "ruler"] < 1.15
-    assert mean["keys, no position", "ruler", "ruler"] < 1.15
-    assert mean["values", "ruler", "ruler"] > 1.5
-    assert mean["both", "ruler", "dialogues"] > 1.5
+    both, keys = mean["both", "ruler", "ruler"], mean["keys, no position", "ruler", "ruler"]
+    blind, elsewhere = mean["values", "ruler", "ruler"], mean["both", "ruler", "dialogues"]
+    assert max(both, keys) - 1 < 0.4 * (min(blind, elsewhere) - 1)
 
 
 def test_finished_trainings_are_not_made_again(finished: tuple[Path, pl.DataFrame], traces: dict[str, Path]) -> None:
@@ -109,11 +108,11 @@ def test_an_interrupted_study_ends_with_the_same_table(
     _, table = finished
     with pytest.raises(KeyboardInterrupt):
         study(tmp_path, traces, stop_after=100)
-    done = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.parquet")}
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.parquet")}
     assert done
     again, _, _ = study(tmp_path, traces)
     assert again.equals(table)
-    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("*/*.parquet")}.items() >= done.items()
+    assert {path: path.stat().st_mtime_ns for path in done} == done
 
 
 def test_subsets_are_nested_and_differ_between_seeds() -> None:
