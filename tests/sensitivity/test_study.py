@@ -39,7 +39,7 @@ def finished(traces: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
     """A study and its work directory."""
     work = tmp_path_factory.mktemp("work")
     table, trainings, _ = study(work, traces)
-    assert trainings == 2 * count_trainings(TRAIN, STUDY) == 2 * 2 * 12
+    assert trainings == 2 * count_trainings(TRAIN, STUDY) == 2 * 2 * 14
     return work, table
 
 
@@ -51,7 +51,7 @@ def test_the_table_has_every_variant_seed_head_and_corpus(finished: tuple[Path, 
     assert (table["cost"] >= 0.999).all()
     final = table.filter(pl.col("step") == pl.col("step").max().over("axis", "value"))
     assert set(final.select("layer", "kv_head").iter_rows()) == {(1, 0), (1, 1), (3, 0), (3, 1)}
-    assert final.height == 16 * 2 * 2 * 2 * 4  # variants, seeds, trained_on, corpora, heads
+    assert final.height == 18 * 2 * 2 * 2 * 4  # variants, seeds, trained_on, corpora, heads
     curves = table.filter(pl.col("axis") == "estimator", pl.col("corpus") == pl.col("trained_on"))
     assert set(curves["step"]) == {1, 20, 40, 60}
 
@@ -98,7 +98,7 @@ def test_finished_trainings_are_not_made_again(finished: tuple[Path, pl.DataFram
     assert not [path for path in work.glob("*/*") if path.is_dir()]
     wider = STUDY.model_copy(update={"hidden_width": (4, 8, 16)})
     _, trainings, steps = study(work, traces, wider)
-    assert trainings == 2 * 2 * 13
+    assert trainings == 2 * 2 * 15
     assert steps == 2 * 2 * (STUDY.base_steps + 1)  # the new width, with the call that reports the start
 
 
