@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import get_args
 
@@ -48,7 +49,7 @@ def variants(train: TrainParams, sensitivity: SensitivityParams, seed: int) -> l
     """
     base = _shortened(train, sensitivity.base_steps).model_copy(update={"seed": seed})
 
-    def changed(update: dict[str, object], fraction: float = 1.0) -> Training:
+    def changed(update: Mapping[str, object], fraction: float = 1.0) -> Training:
         params = base.model_copy(update=update)
         if params == base and fraction == 1:
             return Training("exact", base)
