@@ -46,6 +46,9 @@ def finished(traces: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) 
 def test_the_table_has_every_variant_seed_head_and_corpus(finished: tuple[Path, pl.DataFrame]) -> None:
     _, table = finished
     assert tuple(table.columns) == STUDY_COLUMNS
+    # In the order of the axes, which tables and figures keep.
+    expected = [(variant.axis, variant.value) for variant in variants(TRAIN, STUDY, 3)]
+    assert table.select("axis", "value").unique(maintain_order=True).rows() == expected
     assert not table.select(pl.exclude("cost")).is_duplicated().any()
     assert table["cost"].is_finite().all()
     assert (table["cost"] >= 0.999).all()
