@@ -70,7 +70,7 @@ def sentencepiece_tokenizer(gguf: Path) -> PreTrainedTokenizerFast | None:
         ((TokenType.USER_DEFINED,), tokenizer.add_tokens),
     ):
         add([AddedToken(piece, normalized=False) for piece, kind in zip(pieces, types, strict=True) if kind in kinds])
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         add_bos_token=bos,
         add_eos_token=eos,

@@ -41,9 +41,8 @@ def export_model(source: Path, out: Path) -> None:
     elif source.suffix == ".gguf":
         try:
             _quiet()
-            tokenizer = sentencepiece_tokenizer(source)
-            if tokenizer is None:
-                tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+            rebuilt = sentencepiece_tokenizer(source)
+            tokenizer = rebuilt or AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
             model = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
         except Exception as error:  # transformers and gguf raise bare built-in types for unreadable files
             raise PipelineError(

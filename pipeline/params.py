@@ -311,8 +311,8 @@ class SensitivityParams(_Section):
     """Axes of the sensitivity study (``pipeline/sensitivity``).
 
     The base variant is the ``train`` section with ``base_steps`` on the heads of ``layers``; each axis changes one
-    thing of it. ``training_fraction`` is of the training sequences, ``softrank_rate_factor`` multiplies the
-    learning rate for the sorting surrogate of figure 5b.
+    thing of it. ``training_fraction`` is of the training sequences; ``rate_factor`` multiplies the learning rate
+    of each estimator, the sorting surrogate of figure 5b included.
     """
 
     layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
@@ -322,11 +322,11 @@ class SensitivityParams(_Section):
     steps: tuple[PositiveInt, ...]
     hidden_width: tuple[PositiveInt, ...]
     inputs: tuple[Inputs, ...]
-    softrank_rate_factor: tuple[Annotated[float, Field(gt=0)], ...]
+    rate_factor: tuple[Annotated[float, Field(gt=0)], ...]
 
     @model_validator(mode="after")
     def _distinct(self) -> "SensitivityParams":
-        for name in ("layers", "training_fraction", "steps", "hidden_width", "inputs", "softrank_rate_factor"):
+        for name in ("layers", "training_fraction", "steps", "hidden_width", "inputs", "rate_factor"):
             values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise ValueError(f"{name} names a value twice")

@@ -42,7 +42,7 @@ KEY = PolicyKey("kvp-exact", "dialogues")
 def sample(split: Split, number: int) -> Sample:
     """A prompt of 200 tokens and a reply of 8; no token twice in a row."""
     ids = tuple(((torch.arange(208) * 37 + number) % 125 + 3).tolist())
-    return Sample(f"{split}-{number}", "dialogues", "dialogues", split, ids, 200, None, (), 0, "{}")
+    return Sample(f"{split}-{number}", "dialogues", "dialogues", split, ids, 200, None, (), 0, "{}", "nll")
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

@@ -196,7 +196,7 @@ def test_everything_that_is_promised_lies_where_it_should(run: Run) -> None:
 
 def test_a_second_repro_runs_nothing(run: Run) -> None:
     assert stages_run(call(run.directory, "dvc", "repro")) == set()
-    assert UP_TO_DATE in call(run.directory, "dvc", "status")
+    assert UP_TO_DATE in call(run.directory, "dvc", "status", "dvc.yaml")
 
 
 def test_interrupted_traces_and_training_end_with_the_same_bytes(run: Run, copy: Path) -> None:
@@ -233,7 +233,7 @@ def test_push_and_pull_restore_all_and_track_fills_mlflow(run: Run, space: Path)
     call(clone, "dvc", "config", "--local", "cache.type", "hardlink,copy")
     call(clone, "dvc", "remote", "add", "--local", "--default", "storage", str(space / "storage"))
     call(clone, "dvc", "pull")
-    assert UP_TO_DATE in call(clone, "dvc", "status")
+    assert UP_TO_DATE in call(clone, "dvc", "status", "dvc.yaml")  # the studies have not run
     outs = "models samples traces policies evaluations examples results reports metrics plots"
     for name in outs.split():
         restored, original = ({str(path.relative_to(root)) for path in (root / name).rglob("*") if path.is_file()}
@@ -254,6 +254,15 @@ def test_push_and_pull_restore_all_and_track_fills_mlflow(run: Run, space: Path)
             "policy": len(BASELINES) + len({"full", "oracle"}) + trainings,
         }
     shutil.rmtree(clone)
+
+
+def test_the_studies_run_on_demand(run: Run) -> None:
+    output = call(run.directory, "dvc", "repro", "studies/dvc.yaml")
+    assert stages_run(output) == {"studies/dvc.yaml:sensitivity", "studies/dvc.yaml:sensitivity_report"}
+    study = pl.read_parquet(run.directory / "results/sensitivity.parquet")
+    assert set(study["layer"]) == set(run.params.sensitivity.layers)
+    assert (run.directory / "reports/sensitivity/index.html").is_file()
+    assert stages_run(call(run.directory, "dvc", "repro", "studies/dvc.yaml")) == set()
 
 
 def test_a_changed_training_reruns_what_depends_on_it_only(run: Run) -> None:

@@ -19,8 +19,9 @@ AXES = {
     "inputs": "What the agents see",
 }
 NUMERIC = ("training_fraction", "steps", "hidden_width")
-# Okabe and Ito's, as in reporting/names.py; the RL estimators have the colour of their corpus there.
-SURROGATE_LOOKS = (("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "s"), ("#999999", "x"))
+# Okabe and Ito's, as in reporting/names.py.
+ESTIMATORS = {"exact": ("exact", "#0072B2"), "rloo": ("rloo", "#D55E00"), "softrank": ("soft rank", "#009E73")}
+RATE_LOOKS = (("-", "o"), ("--", "^"), (":", "v"), ("-.", "s"))
 COST_LABEL = "normalised cost on validation"
 
 
@@ -37,7 +38,8 @@ def drawings(summary: pl.DataFrame, curves: pl.DataFrame, confidence: float) -> 
                 "5b",
                 f"Policy gradients against a differentiable-sorting surrogate, {model}",
                 f"Normalised cost on validation sequences (1 = best order) during training: {bands}. The surrogate "
-                "regresses soft ranks onto the ranks by importance, at the learning rates in the legend.",
+                "regresses soft ranks onto the ranks by importance. Solid lines have the learning rate of the base "
+                "variant, others the rate in the legend.",
                 lambda of_model=of_model: draw_estimators(of_model),  # type: ignore[misc]
             ),
             Drawing(
@@ -55,21 +57,20 @@ def drawings(summary: pl.DataFrame, curves: pl.DataFrame, confidence: float) -> 
 def draw_estimators(curves: pl.DataFrame) -> Figure:
     """Cost against training step for each estimator, one panel for each corpus (figure 5b)."""
     corpora = curves["trained_on"].unique(maintain_order=True).to_list()
-    figure = Figure(figsize=(5.6 * len(corpora), 4.6), layout="constrained")
+    figure = Figure(figsize=(6.2 * len(corpora), 5.2), layout="constrained")
     for axes, corpus in zip(figure.subplots(1, len(corpora), squeeze=False)[0], corpora, strict=True):
         part = curves.filter(pl.col("trained_on") == corpus)
         values = part["value"].unique(maintain_order=True).to_list()
-        surrogates = [value for value in values if value.startswith("softrank")]
+        rates = list(dict.fromkeys(value.partition(" ")[2] for value in values))  # the base's, without a name, first
         for value in values:
-            if value in surrogates:
-                colour, marker = SURROGATE_LOOKS[surrogates.index(value) % len(SURROGATE_LOOKS)]
-                width, label = 1.4, f"soft rank, learning rate {value.removeprefix('softrank ')}"
-            else:
-                look = names.style(f"kvp-{value}", corpus)
-                colour, marker, width, label = look.colour, look.marker, look.width, value
+            estimator, _, rate = value.partition(" ")
+            label, colour = ESTIMATORS[estimator]
+            dashes, marker = RATE_LOOKS[rates.index(rate) % len(RATE_LOOKS)]
+            if rate:
+                label += f", learning rate {rate}"
             line = part.filter(pl.col("value") == value).sort("step")
             step, mean, low, high = (line[column].to_numpy() for column in ("step", "mean", "low", "high"))
-            axes.plot(step, mean, color=colour, marker=marker, markersize=4, linewidth=width, label=label)
+            axes.plot(step, mean, color=colour, linestyle=dashes, marker=marker, markersize=4, label=label)
             axes.fill_between(step, low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set_title(names.corpus_title(corpus))
         axes.set_xlabel("training step")
@@ -78,7 +79,7 @@ def draw_estimators(curves: pl.DataFrame) -> Figure:
         axes.yaxis.set_major_locator(FixedLocator([1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 7, 10, 20]))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.legend()
+        axes.legend(fontsize=9)
     return figure
 
 

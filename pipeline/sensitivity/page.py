@@ -11,6 +11,7 @@ from pipeline.params import Params
 from pipeline.reporting import findings, names, page
 from pipeline.reporting.figures import Drawing
 from pipeline.reporting.page import Cell, Row, Table
+from pipeline.sensitivity.figures import ESTIMATORS
 from pipeline.sensitivity.variants import BASE
 
 TITLE = "Learned KV-cache eviction: what the held-out cost depends on"
@@ -26,7 +27,7 @@ WORDS = {
     "steps": "training steps: {}",
     "hidden_width": "hidden width: {}",
     "inputs": "inputs: {}",
-    "estimator": "loss: {}",
+    "estimator": "estimator: {}",
 }
 
 
@@ -62,13 +63,18 @@ def _findings(summary: pl.DataFrame) -> list[str]:
     losses = summary.filter(pl.col("axis") == BASE[0], pl.col("trained_on") == pl.col("corpus"))
     for (model, corpus), part in losses.group_by("model", "corpus", maintain_order=True):
         rows = {row["value"]: row for row in part.iter_rows(named=True)}
-        exact, rloo = rows.pop("exact"), rows.pop("rloo")
-        words = [f"the exact gradient ends at {exact['mean']:.3f}", f"rloo at {rloo['mean']:.3f} ({_difference(rloo)})"]
-        if rows:
-            best = min(rows.values(), key=lambda row: row["mean"])
-            rate = best["value"].removeprefix("softrank ")
-            words.append(f"the best soft rank, at learning rate {rate}, at {best['mean']:.3f} ({_difference(best)})")
-        sentences.append(f"{names.corpus_title(str(corpus))}, {model}: {', '.join(words)}.")
+        same = ", ".join(
+            f"{words} {rows[name]['mean']:.3f}" + (f" ({_difference(rows[name])})" if name != BASE[1] else "")
+            for name, (words, _) in ESTIMATORS.items()
+        )
+        best = []
+        for name, (words, _) in ESTIMATORS.items():
+            least = min((row for value, row in rows.items() if value.split()[0] == name), key=lambda row: row["mean"])
+            rate = least["value"].partition(" ")[2]
+            best.append(f"{words} {least['mean']:.3f} at " + (f"rate {rate}" if rate else "the base's rate"))
+        where = f"{names.corpus_title(str(corpus))}, {model}"
+        sentences.append(f"{where}, cost after training at the base's learning rate: {same}.")
+        sentences.append(f"{where}, each at its best of the learning rates: {', '.join(best)}.")
     return sentences
 
 
@@ -85,10 +91,9 @@ def _setup(params: Params) -> Table:
         "seeds": str(study.seeds),
         "base variant": f"exact gradient, {study.base_steps:,} steps, learning rate {train.learning_rate:g}, width "
         f"{train.agent.hidden_width}, position features: {', '.join(train.agent.position_features) or 'none'}",
-        "learning rates of the soft rank": ", ".join(
-            f"{factor * train.learning_rate:g}" for factor in study.softrank_rate_factor
-        )
-        + " (our choice: multiples of the base variant's)",
+        "learning rates of the estimators (our choice)": ", ".join(
+            f"{factor * train.learning_rate:g}" for factor in study.rate_factor
+        ),
     }
     return Table(
         "The study",

@@ -64,6 +64,7 @@ def run_study(
         everything = reader(corpus, "train")
         for seed in range(train.seed, train.seed + sensitivity.seeds):
             found = variants(train, sensitivity, seed)
+            trained: dict[Training, pl.DataFrame] = {}
             for training in unique_trainings(found):
                 finished = work / corpus / f"{training.fingerprint}.parquet"
                 if not finished.is_file():
@@ -74,15 +75,16 @@ def run_study(
                     with atomic_write(finished) as temporary:
                         costs.write_parquet(temporary)
                     shutil.rmtree(finished.with_suffix(""))
-                costs = pl.read_parquet(finished)
-                columns = {"seed": pl.lit(seed, pl.Int32), "model": pl.lit(everything.shape.model)}
-                columns |= {"trained_on": pl.lit(corpus)}
-                frames += [
-                    costs.with_columns(**columns, axis=pl.lit(variant.axis), value=pl.lit(variant.value))
-                    for variant in found
-                    if variant.training == training
-                ]
+                trained[training] = pl.read_parquet(finished)
                 advance(1, f"{corpus}, seed {seed}")
+            columns = {"seed": pl.lit(seed, pl.Int32), "model": pl.lit(everything.shape.model)}
+            columns |= {"trained_on": pl.lit(corpus)}
+            frames += [
+                trained[variant.training].with_columns(
+                    **columns, axis=pl.lit(variant.axis), value=pl.lit(variant.value)
+                )
+                for variant in found
+            ]
     return pl.concat(frames).select(STUDY_COLUMNS)
 
 

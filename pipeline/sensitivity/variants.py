@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 from pipeline.params import SensitivityParams, TrainParams
 from pipeline.policy.train import Estimator
@@ -42,12 +44,12 @@ class Variant:
 def variants(train: TrainParams, sensitivity: SensitivityParams, seed: int) -> list[Variant]:
     """The study's variants for one seed, axis by axis.
 
-    ``inputs`` is crossed with the position features on and off; ``estimator`` holds the lines of figure 5b. Only
-    the estimators are validated during training, the others at its ends.
+    ``inputs`` is crossed with the position features on and off, ``estimator`` with the learning rates, which it names
+    where they are not the base's. Only the estimators are validated during training, the others at its ends.
     """
     base = _shortened(train, sensitivity.base_steps).model_copy(update={"seed": seed})
 
-    def changed(update: dict[str, object], fraction: float = 1.0) -> Training:
+    def changed(update: Mapping[str, object], fraction: float = 1.0) -> Training:
         params = base.model_copy(update=update)
         if params == base and fraction == 1:
             return Training("exact", base)
@@ -68,12 +70,11 @@ def variants(train: TrainParams, sensitivity: SensitivityParams, seed: int) -> l
     for inputs in sensitivity.inputs:
         found.append(Variant("inputs", inputs, agent(inputs=inputs)))
         found.append(Variant("inputs", f"{inputs}, no position", agent(inputs=inputs, position_features=())))
-    found.append(Variant(*BASE, Training("exact", base)))
-    found.append(Variant("estimator", "rloo", Training("rloo", base)))
-    for factor in sensitivity.softrank_rate_factor:
-        rates = {name: factor * getattr(base, name) for name in ("learning_rate", "final_learning_rate")}
-        rate = f"{rates['learning_rate']:g}"
-        found.append(Variant("estimator", f"softrank {rate}", Training("softrank", base.model_copy(update=rates))))
+    for estimator in get_args(Estimator):
+        for factor in dict.fromkeys((1.0, *sensitivity.rate_factor)):
+            rates = {name: factor * getattr(base, name) for name in ("learning_rate", "final_learning_rate")}
+            value = estimator if factor == 1 else f"{estimator} {rates['learning_rate']:g}"
+            found.append(Variant("estimator", value, Training(estimator, base.model_copy(update=rates))))
     return found
 
 

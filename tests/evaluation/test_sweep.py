@@ -201,7 +201,9 @@ def test_a_short_context_is_ranked_at_one_cache_size(make_model: MakeModel) -> N
     assert set(by_row(outcomes)) == expected_rows((24,))
     assert {cost.cache_size for cost in costs} == {31}
     with pytest.raises(PipelineError, match=r"Sample s has a context of 1 tokens; ranking needs 2: drop it"):
-        make_sweep(make_model("llama"), (1,)).run(dataclasses.replace(make_sample(), prompt_len=1), seed=1)
+        dataclasses.replace(make_sweep(make_model("llama"), (24,)), whole_if_shorter=True).run(
+            dataclasses.replace(make_sample(), prompt_len=1), seed=1
+        )
 
 
 LATE = 170

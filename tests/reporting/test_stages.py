@@ -93,7 +93,7 @@ def test_help_is_instant_and_imports_nothing_heavy() -> None:
 
 def test_one_corpus_and_one_estimator_are_enough(run_directory: Path) -> None:
     text = Path("params.yaml").read_text()
-    text = re.sub(r"(?m)^  corpus: .*$", "  corpus: [ruler]", text)
+    text = re.sub(r"(?m)^  (corpus|benchmark): .*$", r"  \1: [ruler]", text)
     Path("params.yaml").write_text(re.sub(r"(?m)^  estimator: .*$", "  estimator: [rloo]", text))
     # As the stages evaluate and examples would have written it.
     for name in ("evaluations/{}/ruler/evaluation", "evaluations/{}/ruler/cost", "examples/{}/ruler/tokens"):

@@ -32,7 +32,7 @@ STUDY = SensitivityParams(
     steps=(30, 60),
     hidden_width=(4, 16),
     inputs=("keys", "values", "both"),
-    softrank_rate_factor=(10.0, 1.0),
+    rate_factor=(10.0, 1.0),
 )
 
 

@@ -66,7 +66,7 @@ def test_the_page_stands_alone_and_shows_the_numbers(
     for value, corpus in (("rloo", "ruler"), ("softrank 0.1", "dialogues")):
         row = summary.filter(axis="estimator", value=value, trained_on=corpus, corpus=corpus).row(0, named=True)
         table = text[text.index(f"{'RULER' if corpus == 'ruler' else 'Doc2Dial dialogues'}: normalised cost") :]
-        cells = table.partition(f"<td>loss: {value}</td>")[2].partition("</tr>")[0]
+        cells = table.partition(f"<td>estimator: {value}</td>")[2].partition("</tr>")[0]
         assert f"{row['mean']:.3f}<small>{row['low']:.3f} to {row['high']:.3f}" in cells
         assert f"{row['difference']:+.3f}" in cells
 
