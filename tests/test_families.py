@@ -63,7 +63,7 @@ def test_a_policy_is_trained_for_two_steps_and_used(family: str, make_model: Mak
 
     policy, _ = load_policy(tmp_path / "policy", family)
     budgets = EvaluationParams(budgets=(32, 200), n_sink=4, n_recent=16, seed=0)
-    sweep = Sweep(model, None, {KEY: policy}, budgets, TRACES)  # type: ignore[arg-type]  # no text is decoded
+    sweep = Sweep(model, None, {KEY: policy}, budgets, TRACES, budgets.budgets)  # type: ignore[arg-type]  # no text is decoded
     outcomes, costs = sweep.run(sample("test", 4), seed=0)
     nll = {(outcome.key, outcome.budget): outcome.value for outcome in outcomes}
     assert nll[KEY, 200] == pytest.approx(nll[FULL, None], rel=1e-4)
