@@ -76,9 +76,10 @@ def _boolq(row: Row) -> Question:
 
 def _arc_challenge(row: Row) -> Question:
     choices = row["choices"]
-    texts, gold = choices, row.get("answer")
     if isinstance(choices, dict):
         texts, gold = choices["text"], choices["label"].index(row["answerKey"])
+    else:
+        texts, gold = choices, row["answer"]
     return Question(f"Question: {row['question']}\nAnswer:", tuple(texts), gold)
 
 
