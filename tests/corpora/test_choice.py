@@ -264,7 +264,7 @@ def test_subjects_take_turns(tmp_path: Path, smollm2: Path) -> None:
         ),
         ("boolq", [{"question": "a", "passage": "b"}], {}, "row 0 lacks the column 'answer'"),
         ("boolq", [{"question": "a", "passage": "b", "label": -1}], {}, "row 0 has no right answer"),
-        ("arc_challenge", [{"question": "a", "choices": ["b"]}], {}, "row 0 has no right answer"),
+        ("arc_challenge", [{"question": "a", "choices": ["b"]}], {}, "row 0 lacks the column 'answer'"),
         ("arc_challenge", [HUB_ROWS["arc_challenge"][0] | {"answerKey": "Z"}], {}, "row 0 is no row of arc_challenge"),
         ("mmlu", [HUB_ROWS["mmlu"][0] | {"choices": ["a"]}], {}, "row 0 is no row of mmlu"),
         ("mmlu", [{"question": "a"}], {}, "row 0 lacks the column 'subject'"),
