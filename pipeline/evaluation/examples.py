@@ -59,7 +59,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
     A token that ends inside a character adds nothing; the one that completes it adds the character.
     """
     stream = DecodeStream(skip_special_tokens=False)
-    return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]  # type: ignore[attr-defined]
+    return [stream.step(tokenizer.backend_tokenizer, token) or "" for token in ids]
 
 
 def token_table(sample: Sample, tokenizer: PreTrainedTokenizerBase, prefill: Prefill) -> pl.DataFrame:
