@@ -134,6 +134,7 @@ class RulerParams(_Section):
 
     ``length`` is the generator's max_seq_length in tokens: prompt plus the tokens it reserves for the
     answer. ``task_lengths`` replaces it for tasks that the generator cannot fit into ``length``.
+    ``perplexity`` measures that of the true answers besides accuracy (paper, figure 10).
     """
 
     kind: Literal["ruler"]
@@ -144,6 +145,7 @@ class RulerParams(_Section):
     task_lengths: dict[str, PositiveInt] = {}
     samples: SplitSizes
     max_new_tokens: PositiveInt
+    perplexity: bool
     seed: int
     stands_in_for: str | None = None
 

@@ -18,12 +18,14 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
     check_device(device)
     params = load_params()
     dtype = entry(params.models, model, "models").dtype
-    kind, budgets = entry(params.corpora, corpus, "corpora").kind, params.budgets(corpus)
+    what, budgets = entry(params.corpora, corpus, "corpora"), params.budgets(corpus)
+    perplexity = getattr(what, "perplexity", False)
     weights, test = Path("models") / model, Path("samples") / model / corpus / "test.parquet"
     directories = policy_directories(Path("policies") / model, params.matrix)
     identity = {
         "evaluation": params.evaluation.model_dump(mode="json"),
         "budgets": budgets,
+        "perplexity": perplexity,
         "traces": params.traces.model_dump(mode="json"),
         "dtype": dtype,
     }
@@ -38,7 +40,8 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
         params.evaluation,
         params.traces,
         budgets,
-        whole_if_shorter=kind not in TRAINABLE,
+        whole_if_shorter=what.kind not in TRAINABLE,
+        answer_perplexity=perplexity,
     )
     outputs = {
         name: [work / name / f"{index:05d}.parquet" for index in range(len(samples))] for name in ("cost", "evaluation")

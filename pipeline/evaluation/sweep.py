@@ -133,6 +133,8 @@ class Sweep:
     whole_if_shorter
         Whether a context shorter than a budget stays whole there, as in benchmarks whose contexts differ
         much; otherwise it is an error.
+    answer_perplexity
+        Whether the perplexity of the true answer is measured besides the score of the generated text.
     """
 
     model: PreTrainedModel
@@ -142,6 +144,7 @@ class Sweep:
     traces: TracesParams
     budgets: tuple[int, ...]
     whole_if_shorter: bool = False
+    answer_perplexity: bool = False
     end_tokens: frozenset[int] = field(init=False)
     layers: tuple[int, ...] = field(init=False)
 
@@ -171,12 +174,14 @@ class Sweep:
         if sample.choices:
             outcomes = self._choose(sample, prefill, rankings)
         else:
+            reserve = max(len(sample.input_ids), sample.prompt_len + sample.max_new_tokens) - n
+            cache, rows = self.evict(prefill, rankings, reserve)
+            outcomes = []
             # The likelihoods come first: generating drops the rows that have finished.
-            reserve = len(sample.input_ids) - n
-            cache, rows = self.evict(prefill, rankings, max(reserve, sample.prompt_len - n + sample.max_new_tokens))
-            outcomes = self._score(sample, cache, rows)
-            if sample.metric != "nll":
+            if self.answer_perplexity or sample.metric == "nll":
+                outcomes += self._score(sample, cache, rows)
                 cache.rewind()
+            if sample.metric != "nll":
                 outcomes += self._generate(sample, cache, rows)
         return outcomes, [
             costs

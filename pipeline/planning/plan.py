@@ -62,9 +62,11 @@ class SampleGroup:
     context
         Tokens of the prompt that is ranked and evicted.
     continuation
-        Tokens that follow it and are scored: a true continuation, or all choices together.
+        Tokens that follow it: a true continuation, or all choices together.
     new_tokens
         Most tokens that are generated; 0 where nothing is.
+    scored
+        Whether the likelihood of the continuation is measured.
     """
 
     train: int
@@ -73,6 +75,7 @@ class SampleGroup:
     context: int
     continuation: int
     new_tokens: int
+    scored: bool
 
     @property
     def tokens(self) -> int:
@@ -91,6 +94,7 @@ def _ruler(params: Any) -> list[SampleGroup]:
             context=max(1, length - RULER_SLACK - RULER_CONTINUATION),
             continuation=RULER_CONTINUATION,
             new_tokens=params.max_new_tokens,
+            scored=params.perplexity,
         )
         for length, tasks in lengths.items()
     ]
@@ -98,7 +102,7 @@ def _ruler(params: Any) -> list[SampleGroup]:
 
 def _dialogues(params: Any) -> list[SampleGroup]:
     sizes, reply = params.samples, params.max_reply_tokens // 2
-    return [SampleGroup(sizes.train, sizes.validation, sizes.test, params.length - reply, reply, 0)]
+    return [SampleGroup(sizes.train, sizes.validation, sizes.test, params.length - reply, reply, 0, True)]
 
 
 def _other(params: Any) -> list[SampleGroup]:
@@ -107,7 +111,9 @@ def _other(params: Any) -> list[SampleGroup]:
     tasks, new_tokens = len(getattr(params, "tasks", ("",))), getattr(params, "max_new_tokens", 0)
     context = getattr(params, "length", SHORT_CONTEXT)
     continuation = new_tokens or SHORT_CONTINUATION
-    return [SampleGroup(tasks * train, tasks * validation, tasks * test, context, continuation, new_tokens)]
+    return [
+        SampleGroup(tasks * train, tasks * validation, tasks * test, context, continuation, new_tokens, not new_tokens)
+    ]
 
 
 _KINDS: dict[str, Callable[[Any], list[SampleGroup]]] = {
@@ -333,21 +339,22 @@ class _Model:
                 shape, policies, budgets, group.context, max(group.continuation, group.new_tokens), self.item_bytes
             )
             generated = GENERATED_SHARE * group.new_tokens
+            scored = group.continuation * group.scored
             # Policies rank the whole context and its first half.
             ranked = 1.5 * group.context
             decoding = Work(
-                flops=row_flops * rows * (group.continuation + generated),
+                flops=row_flops * rows * (scored + generated),
                 # A step reads the weights, and the caches of the rows that have not finished.
                 moved=group.new_tokens * self.weight_bytes
                 + generated * evicted
-                + 4 * 4 * rows * group.continuation * shape.vocabulary,
+                + 4 * 4 * rows * scored * shape.vocabulary,
                 kernels=(1 + group.new_tokens) * shape.layers * (LAYER_KERNELS + 2 * (len(budgets) + 1)),
             )
             # Caches are gathered, then copied to where there is room for new tokens.
             evicting = Work(moved=RANKING_BYTES * policies * shape.heads * ranked + 4 * evicted)
             captured = capture_work(shape, group.tokens, self.item_bytes, params.traces)
             work += (captured + score_work(self.policy, ranked) * trained + evicting + decoding) * group.test
-            tokens += (group.tokens + rows * (group.continuation + generated)) * group.test
+            tokens += (group.tokens + rows * (scored + generated)) * group.test
             disk += (2 * policies * shape.heads * _COST_CURVE_BYTES + 2 * rows * _OUTCOME_BYTES) * group.test
             prefill = capture_memory(shape, group.tokens, self.item_bytes, params.traces)
             stays = prefill["weights"] + prefill["cache"] + prefill["records"]

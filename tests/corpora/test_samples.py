@@ -76,7 +76,7 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="cannot be read as samples"):
         read_samples(path)
     pq.write_table(pa.table({"sample_id": ["a"]}), path)
-    with pytest.raises(PipelineError, match="lacks the columns answers, corpus"):
+    with pytest.raises(PipelineError, match="lacks the columns answers, choices, corpus"):
         read_samples(path)
 
 

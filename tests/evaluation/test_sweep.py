@@ -60,7 +60,7 @@ def make_sweep(model: PreTrainedModel, budgets: tuple[int, ...] = (24, 48, N)) -
         key: Policy(PolicyShape(*head_shape(model), AGENT), torch.Generator().manual_seed(seed))
         for key, seed in TRAINED.items()
     }
-    return Sweep(model, Letters(), policies, evaluation, traces, budgets)  # type: ignore[arg-type]
+    return Sweep(model, Letters(), policies, evaluation, traces, budgets, answer_perplexity=True)  # type: ignore[arg-type]
 
 
 def expected_rows(budgets: Sequence[int]) -> set[tuple[PolicyKey, int | None]]:
@@ -185,6 +185,14 @@ def test_a_budget_above_the_cache_is_one_sentence(make_model: MakeModel) -> None
         PipelineError, match=r"evaluation\.budgets: 202 is larger than the cache of sample s, 201 tokens"
     ):
         make_sweep(make_model("llama"), (24, N + 1)).run(make_sample(), seed=1)
+
+
+def test_perplexity_beside_accuracy_is_a_choice_that_changes_no_text(make_model: MakeModel) -> None:
+    sweep = make_sweep(make_model("llama"))
+    both = sweep.run(make_sample(("zzz", "a")), seed=1)[0]
+    alone = dataclasses.replace(sweep, answer_perplexity=False).run(make_sample(("zzz", "a")), seed=1)[0]
+    assert {outcome.metric for outcome in alone} == {"string_match"}
+    assert by_row(alone, "string_match") == by_row(both, "string_match")
 
 
 def test_a_context_shorter_than_a_budget_stays_whole_where_that_is_allowed(make_model: MakeModel) -> None:
