@@ -85,7 +85,7 @@ def test_our_decoding_writes_what_kvpress_writes(name: str, ratio: float, make_m
         [gather_tokens(layer.keys, kept[None]) for layer, kept in zip(layers, tokens, strict=True)],
         [gather_tokens(layer.values, kept[None]) for layer, kept in zip(layers, tokens, strict=True)],
     )
-    (written,) = greedy_decode(model, ours, int(PROMPT[-1]), len(PROMPT) - 1, 16, lambda _: False)
+    (written,) = greedy_decode(model, ours, [int(PROMPT[-1])], len(PROMPT) - 1, 16, lambda _: False)
     assert written == continue_compressed(model, theirs, 16)
 
 
@@ -138,3 +138,15 @@ def test_scores_are_float32_in_a_bfloat16_model(make_model: MakeModel) -> None:
     for layer in layer_caches(model, PROMPT):
         for name, score in BASELINES.items():
             assert score(layer).dtype == torch.float32, name
+
+
+def test_snapkv_has_a_shorter_window_where_the_cache_is_short(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    for tokens, window in ((2, 1), (30, 15), (128, 64), (140, 64)):
+        for cache in layer_caches(model, torch.arange(tokens) * 37 % 125 + 3, seed=0):
+            scores = BASELINES["snapkv"](cache)
+            assert scores.shape == (2, tokens)
+            assert torch.isfinite(scores).all()
+            # kvpress puts the window in front by giving it the largest score there is.
+            assert (scores[:, -window:] == scores.max()).all()
+            assert tokens == 2 or (scores[:, :-window] < scores.max()).any()
