@@ -1,6 +1,6 @@
 # make repro             the whole story on the profile in params.yaml
 # make repro PROFILE=ci  copies profiles/ci.yaml to params.yaml first
-# make test              the tests
+# make test              the tests, two files at a time, the longest one first
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -17,7 +17,7 @@ test: $(VENV)/installed
 	ruff check .
 	ruff format --check .
 	mypy
-	python -m pytest
+	python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/test_pipeline.py tests
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -258,7 +258,9 @@ def test_push_and_pull_restore_all_and_track_fills_mlflow(run: Run, space: Path)
 
 def test_the_studies_run_on_demand(run: Run) -> None:
     output = call(run.directory, "dvc", "repro", "studies/dvc.yaml")
-    assert stages_run(output) == {"studies/dvc.yaml:sensitivity", "studies/dvc.yaml:sensitivity_report"}
+    expected = {"sensitivity", "sensitivity_report", f"latency@{MODEL}"}
+    assert stages_run(output) == {f"studies/dvc.yaml:{stage}" for stage in expected}
+    assert (run.directory / f"reports/latency/{MODEL}/fig06_{MODEL}_latency.png").is_file()
     study = pl.read_parquet(run.directory / "results/sensitivity.parquet")
     assert set(study["layer"]) == set(run.params.sensitivity.layers)
     assert (run.directory / "reports/sensitivity/index.html").is_file()
