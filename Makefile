@@ -21,6 +21,6 @@ test: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	pip install --quiet --constraint constraints.txt torch==2.13.0
-	pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	pip install --quiet --no-compile --constraint constraints.txt torch==2.13.0
+	pip install --quiet --no-compile --constraint constraints.txt --editable '.[dev]'
 	touch $@
