@@ -17,7 +17,7 @@ test: $(VENV)/installed
 	ruff check .
 	ruff format --check .
 	mypy
-	python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder tests/test_pipeline.py tests
+	python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

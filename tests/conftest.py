@@ -50,6 +50,12 @@ VARIATIONS: dict[str, dict[str, Any]] = {
 }
 MakeModel = Callable[[str], PreTrainedModel]
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow tests: two processes share the files, and the longest one must not come last."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 # Models this small only lose by sharing their work, and wait for each other on a busy machine.
 torch.set_num_threads(1)
 
