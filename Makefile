@@ -1,13 +1,14 @@
 # make repro             the whole story on the profile in params.yaml
 # make repro PROFILE=ci  copies profiles/ci.yaml to params.yaml first
 # make test              the tests, two files at a time, the longest one first
+# make bench             the benchmarks of speed, one after the other; results in perf/results
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DVC_NO_ANALYTICS := true
 
-.PHONY: repro test
+.PHONY: repro test bench
 repro: $(VENV)/installed
 	$(if $(PROFILE),cp profiles/$(PROFILE).yaml params.yaml)
 	dvc repro
@@ -18,6 +19,10 @@ test: $(VENV)/installed
 	ruff format --check .
 	mypy
 	python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+bench: $(VENV)/installed
+	set -e; for script in $(filter-out perf/__init__.py perf/measure.py,$(wildcard perf/*.py)); do \
+		python -m perf.$$(basename $$script .py); done
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
