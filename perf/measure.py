@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+
+from pipeline.errors import PipelineError
+from pipeline.models import load_model
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -38,6 +42,14 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> tuple[floa
     """Median, smallest and largest of the ratios of calls made in the same turn."""
     ratios = [first / second for first, second in zip(numerator, denominator, strict=True)]
     return statistics.median(ratios), min(ratios), max(ratios)
+
+
+def model_or_exit(directory: Path, device: str, dtype: str = "float32") -> PreTrainedModel:
+    """Load the model of a benchmark; where there is none, end with one sentence that says how to make it."""
+    try:
+        return load_model(directory, dtype, device)
+    except PipelineError as error:
+        raise SystemExit(f"error: {error} 'dvc repro model@smollm2-135m' makes the default one.") from None
 
 
 def write_result(name: str, device: str, content: Mapping[str, Any]) -> Path:

@@ -10,7 +10,7 @@ last one is to be predicted. Splits share no tree.
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ _COLUMNS = ("message_id", "parent_id", "message_tree_id", "role", "text", "lang"
 _SHORTEST = 0.9
 # Threads that are tried in search of ones that fit; more would use the same short ones everywhere.
 _CANDIDATES = 200
+_ATTEMPTS = 20
 
 Message = dict[str, str]
 _NEXT = {"role": "user", "content": "And then?"}
@@ -96,16 +97,21 @@ def english_threads(messages: Sequence[dict[str, Any]]) -> list[Thread]:
     return [thread for root in roots if root["role"] == "prompter" for thread in walk(root, ())]
 
 
-def assign_trees(threads: Sequence[Thread], params: OasstParams) -> dict[str, Split]:
-    """Give every tree to one split, in the proportions of the wanted samples."""
+def assign_trees(threads: Sequence[Thread], fitting: Set[str], params: OasstParams) -> dict[str, Split]:
+    """Give every tree to one split, in the proportions of the wanted samples.
+
+    Trees of ``fitting``, which have a reply short enough to be predicted, are dealt first and by themselves: a split
+    with many trees of long replies only could not be filled.
+    """
     trees = sorted({thread.tree for thread in threads})
     random.Random(params.seed).shuffle(trees)
-    held: dict[Split, int] = dict.fromkeys(SPLITS, 0)
     split_of: dict[str, Split] = {}
-    for tree in trees:
-        split = min(SPLITS, key=lambda split: held[split] / getattr(params.samples, split))
-        held[split] += 1
-        split_of[tree] = split
+    for group in ([tree for tree in trees if tree in fitting], [tree for tree in trees if tree not in fitting]):
+        held: dict[Split, int] = dict.fromkeys(SPLITS, 0)
+        for tree in group:
+            split = min(SPLITS, key=lambda split: held[split] / getattr(params.samples, split))
+            held[split] += 1
+            split_of[tree] = split
     return split_of
 
 
@@ -137,7 +143,7 @@ def build(
         raise PipelineError(f"{model} has no chat template; dialogues need a chat model.")
     composer = _Composer(params, tokenizer, end_of_turn(model, tokenizer))
     threads = english_threads(read_messages(source))
-    split_of = assign_trees(threads, params)
+    split_of = assign_trees(threads, {thread.tree for thread in threads if composer.fits(thread)}, params)
     samples: dict[Split, list[Sample]] = {}
     for split in SPLITS:
         wanted: int = getattr(params.samples, split)
@@ -183,26 +189,36 @@ class _Composer:
 
     def compose(self, last: Thread, others: Sequence[Thread]) -> tuple[tuple[int, ...], int, list[Thread]] | None:
         """Token ids, prompt length and the threads in order; None where reply or dialogue do not fit."""
-        ids, prompt_len = self._encoded([last])
-        room = self.params.length - len(ids)
-        if len(ids) - prompt_len - (self.end is not None) > self.params.max_reply_tokens or room < 0:
+        if not self.fits(last):
             return None
+        # Few threads seldom add up at the first try.
+        for attempt in range(_ATTEMPTS):
+            chosen = self._fill(last, others, random.Random(f"{self.params.seed} {last.leaf} {attempt}"))
+            ids, prompt_len = self._encoded([*chosen, last])
+            # Sizes of parts do not add up to the size of the whole, to a token here and there.
+            while len(ids) > self.params.length and chosen:
+                chosen.pop()
+                ids, prompt_len = self._encoded([*chosen, last])
+            if _SHORTEST * self.params.length <= len(ids) <= self.params.length:
+                return ids, prompt_len, [*chosen, last]
+        return None
+
+    def _fill(self, last: Thread, others: Sequence[Thread], order: random.Random) -> list[Thread]:
+        room = self.params.length - len(self._encoded([last])[0])
         chosen: list[Thread] = []
         taken = {last.tree}
-        order = random.Random(f"{self.params.seed} {last.leaf}")
         for thread in order.sample(others, min(_CANDIDATES, len(others))):
             if thread.tree not in taken and self._size(thread) <= room:
                 chosen.append(thread)
                 taken.add(thread.tree)
                 room -= self._size(thread)
-        ids, prompt_len = self._encoded([*chosen, last])
-        # Sizes of parts do not add up to the size of the whole, to a token here and there.
-        while len(ids) > self.params.length and chosen:
-            chosen.pop()
-            ids, prompt_len = self._encoded([*chosen, last])
-        if not _SHORTEST * self.params.length <= len(ids) <= self.params.length:
-            return None
-        return ids, prompt_len, [*chosen, last]
+        return chosen
+
+    def fits(self, last: Thread) -> bool:
+        """Whether a thread and its last reply are short enough to end a dialogue."""
+        ids, prompt_len = self._encoded([last])
+        reply = len(ids) - prompt_len - (self.end is not None)
+        return reply <= self.params.max_reply_tokens and len(ids) <= self.params.length
 
     def _encoded(self, threads: Sequence[Thread]) -> tuple[tuple[int, ...], int]:
         turns = [turn for thread in threads for turn in thread.turns]

@@ -11,7 +11,7 @@ It reads and writes no files; ``pipeline/evaluation/results.py`` names the colum
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +183,15 @@ class Sweep:
                 cache.rewind()
             if sample.metric != "nll":
                 outcomes += self._generate(sample, cache, rows)
+        outcomes += [
+            # Where nothing is evicted, every policy is the plain model: that row was run once.
+            replace(outcome, key=key, budget=budget)
+            for budget in self.budgets
+            if budget >= n
+            for key in rankings
+            for outcome in outcomes
+            if outcome.key == FULL
+        ]
         return outcomes, [
             costs
             for size, scores in prefill.scores.items()
@@ -251,7 +260,7 @@ class Sweep:
     def evict(
         self, prefill: Prefill, rankings: Mapping[PolicyKey, Tensor], reserve: int
     ) -> tuple[EvictedCache, list[tuple[PolicyKey, int | None]]]:
-        """Build the evicted cache of all pairs; returns it with the (policy, budget) of each row.
+        """Build the evicted cache of all pairs that evict anything; returns it with the (policy, budget) of each row.
 
         The last context token counts towards the budget, but is left out: it is fed again.
         """
@@ -261,9 +270,9 @@ class Sweep:
         }
         cache = EvictedCache(reserve, sliding)
         rows: list[tuple[PolicyKey, int | None]] = []
-        for budget in self.budgets:
+        for budget in (budget for budget in self.budgets if budget < n):
             # Sorted by position, and the last token is protected: it comes last.
-            kept = {key: kept_tokens(ranking, min(budget, n))[..., :-1] for key, ranking in rankings.items()}
+            kept = {key: kept_tokens(ranking, budget)[..., :-1] for key, ranking in rankings.items()}
             # index: (policies, kv_heads, budget - 1) per layer
             by_layer = torch.stack(list(kept.values()), dim=1)
             groups = [

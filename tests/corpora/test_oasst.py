@@ -128,10 +128,13 @@ def test_what_cannot_end_in_a_reply_is_left_out(rows: list[dict[str, Any]], leav
 
 
 def test_trees_are_dealt_in_proportion() -> None:
-    threads = [Thread(f"t{number}", f"l{number}", ()) for number in range(70)]
-    split_of = assign_trees(threads, params())
-    assert [list(split_of.values()).count(split) for split in SPLITS] == [40, 10, 20]
-    assert split_of == assign_trees(threads[::-1], params())
+    threads = [Thread(f"t{number}", f"l{number}", ()) for number in range(140)]
+    fitting = {f"t{number}" for number in range(0, 140, 2)}
+    split_of = assign_trees(threads, fitting, params())
+    assert [list(split_of.values()).count(split) for split in SPLITS] == [80, 20, 40]
+    # Trees that can end a dialogue are dealt by themselves.
+    assert [sum(split_of[tree] == split for tree in fitting) for split in SPLITS] == [40, 10, 20]
+    assert split_of == assign_trees(threads[::-1], fitting, params())
 
 
 def test_dialogues_have_the_length_and_share_no_tree(tmp_path: Path, smollm2: Path) -> None:

@@ -1,0 +1,174 @@
+"""The sweep of one sample beside kvpress-style evaluation: a prefill and a decode for each (policy, budget).
+
+RULER at 1k and 4k, 10 policies x 8 budgets, 32 generated tokens. The other side compresses with kvpress's hooks
+during a plain transformers prefill and decodes one row with transformers' own cache and attention; it keeps the
+same tokens, so that the texts can be compared. By default it runs one budget of each policy, another one
+for each, and its time is multiplied by the number of budgets; --all-pairs runs all of them.
+"""
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from kvpress import BasePress
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from perf.measure import model_or_exit, write_result
+from pipeline.corpora import ruler
+from pipeline.corpora.samples import Sample
+from pipeline.evaluation.decode import greedy_decode
+from pipeline.evaluation.sweep import FULL, ORACLE, PolicyKey, Sweep
+from pipeline.eviction.baselines import BASELINES, LayerCache
+from pipeline.eviction.budget import gather_tokens, kept_tokens, protected_ranking
+from pipeline.models import head_shape, load_tokenizer
+from pipeline.params import AgentParams, EvaluationParams, RulerParams, SplitSizes, TracesParams, load_params
+from pipeline.policy.agents import Policy, PolicyShape
+from pipeline.sources import fetch
+
+BUDGETS = (48, 64, 96, 128, 192, 256, 384, 512)
+NEW_TOKENS = 32
+TASK = "niah_multiquery"
+SEED = 0
+
+
+@dataclass
+class OneBudget(BasePress):  # type: ignore[misc]  # kvpress is untyped
+    """Keeps what one policy ranks first, as the sweep does; the last token is left out, to be fed again."""
+
+    score: Callable[[LayerCache], Tensor]
+    budget: int
+    evaluation: EvaluationParams
+
+    def compress(
+        self, module: Any, hidden_states: Tensor, keys: Tensor, values: Tensor, attentions: Any, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values (1, kv_heads, budget - 1, head_dim)."""
+        scores = self.score(LayerCache(module, hidden_states, keys, values, kwargs, SEED))
+        ranking = protected_ranking(scores, self.evaluation.n_sink, self.evaluation.n_recent)
+        kept = kept_tokens(ranking, self.budget)[None, :, :-1]
+        return gather_tokens(keys, kept), gather_tokens(values, kept)
+
+
+@torch.inference_mode()
+def one_pair(model: PreTrainedModel, press: BasePress, ids: Tensor, end_tokens: frozenset[int]) -> list[int]:
+    """Prefill under ``press``, then decode greedily from what it leaves."""
+    cache = DynamicCache(config=model.config)
+    with press(model):
+        model(ids[None], past_key_values=cache, logits_to_keep=1)
+    token, generated = ids[None, -1:], []
+    for position in range(len(ids) - 1, len(ids) - 1 + NEW_TOKENS):
+        # Kept tokens keep their positions: the new ones follow the whole context, not the smaller cache.
+        where = torch.tensor([[position]], device=ids.device)
+        logits = model(token, past_key_values=cache, position_ids=where).logits
+        token = logits[:, -1:].argmax(-1)
+        generated.append(int(token))
+        if generated[-1] in end_tokens:
+            break
+    return generated
+
+
+@torch.inference_mode()
+def whole_sweep(sweep: Sweep, sample: Sample) -> tuple[dict[tuple[PolicyKey, int | None], list[int]], dict[str, float]]:
+    """What :meth:`Sweep.run` does for a generated text, costs aside, with its tokens and the seconds of its parts."""
+    started = time.perf_counter()
+    prefill = sweep.prefill(sample, SEED)
+    prefilled = time.perf_counter()
+    # The oracle cannot be had by the other side: it looks at the answer.
+    scores = {key: found for key, found in prefill.scores[sample.context_len].items() if key != ORACLE}
+    rankings = {
+        key: protected_ranking(found, sweep.evaluation.n_sink, sweep.evaluation.n_recent)
+        for key, found in scores.items()
+    }
+    cache, rows = sweep.evict(prefill, rankings, NEW_TOKENS)
+    evicted = time.perf_counter()
+    last = sample.context_len - 1
+    texts = greedy_decode(
+        sweep.model,
+        cache,
+        sample.input_ids[last : last + 1],
+        last,
+        NEW_TOKENS,
+        lambda text: text[-1] in sweep.end_tokens,
+    )
+    parts = {"prefill": prefilled - started, "evict": evicted - prefilled, "decode": time.perf_counter() - evicted}
+    return dict(zip(rows, texts, strict=True)), parts
+
+
+def make_sample(length: int, model_directory: Path) -> Sample:
+    """The test sample of one RULER task at ``length`` tokens."""
+    params = load_params(Path("profiles/default.yaml")).corpora["ruler"]
+    assert isinstance(params, RulerParams)
+    changed = {"tasks": (TASK,), "length": length, "samples": SplitSizes(train=1, validation=1, test=1)}
+    params = params.model_copy(update=changed)
+    with tempfile.TemporaryDirectory() as work:
+        sources = fetch(params.source), fetch(params.sentence_splitter)
+        return ruler.build(params, "ruler", *sources, model_directory, Path(work))["test"][0]
+
+
+def main(
+    model_directory: Annotated[Path, typer.Option(help="What the model stage wrote.")] = Path("models/smollm2-135m"),
+    device: str = "cpu",
+    lengths: Annotated[str, typer.Option(help="Tokens, comma-separated.")] = "1024,4096",
+    all_pairs: Annotated[bool, typer.Option(help="Run all pairs on the other side: 5 and 20 minutes.")] = False,
+) -> None:
+    """Time one sweep against one prefill and one decode per pair."""
+    model = model_or_exit(model_directory, device)
+    evaluation = EvaluationParams(budgets=BUDGETS, n_sink=4, n_recent=16, seed=SEED)
+    traces = TracesParams(block_size=64, query_chunk=256, sequences_per_shard=1)
+    agent = AgentParams(hidden_width=256, hidden_layers=2, position_features=("position", "age"))
+    shape = PolicyShape(*head_shape(model), agent)
+    # Untrained agents rank as fast as trained ones.
+    policies = {
+        PolicyKey("kvp", str(seed)): Policy(shape, torch.Generator().manual_seed(seed)).eval().to(device)
+        for seed in range(3)
+    }
+    sweep = Sweep(model, load_tokenizer(model_directory), policies, evaluation, traces, BUDGETS)
+    scores: dict[PolicyKey, Callable[[LayerCache], Tensor]] = {
+        key: lambda cache, policy=policy: policy(cache.keys[0], cache.values[0], layer=int(cache.module.layer_idx))
+        for key, policy in policies.items()
+    } | {PolicyKey(name): score for name, score in BASELINES.items()}
+    found = {}
+    for length in map(int, lengths.split(",")):
+        sample = make_sample(length, model_directory)
+        ids = torch.tensor(sample.input_ids[: sample.context_len], device=device)
+        sweep.run(sample, SEED)  # warm
+        started = time.perf_counter()
+        texts, parts = whole_sweep(sweep, sample)
+        ours = time.perf_counter() - started
+        pairs = list(itertools.product(scores, BUDGETS))
+        if not all_pairs:
+            pairs = [(key, BUDGETS[place % len(BUDGETS)]) for place, key in enumerate(scores)]
+        started, same = time.perf_counter(), 0
+        for key, budget in pairs:
+            text = one_pair(model, OneBudget(scores[key], budget, evaluation), ids, sweep.end_tokens)
+            same += text == texts[key, budget]
+        theirs = (time.perf_counter() - started) * len(scores) * len(BUDGETS) / len(pairs)
+        print(
+            f"RULER {TASK}, {len(ids)} tokens, {len(scores)} policies x {len(BUDGETS)} budgets, {NEW_TOKENS} tokens: "
+            f"sweep {ours:.1f} s ({', '.join(f'{name} {seconds:.1f}' for name, seconds in parts.items())}), a prefill "
+            f"and a decode per pair {theirs:.0f} s ({len(pairs)} pairs measured), ratio {theirs / ours:.1f}; "
+            f"{same} of {len(pairs)} texts equal",
+            flush=True,
+        )
+        found[str(length)] = {
+            "context_tokens": len(ids),
+            "sweep_seconds": ours,
+            "sweep_parts": parts,
+            "full_text_tokens": len(texts[FULL, None]),
+            "per_pair_seconds": theirs,
+            "pairs_measured": len(pairs),
+            "equal_texts": same,
+            "ratio": theirs / ours,
+        }
+    print(write_result("sweep", device, {"policies": len(scores), "budgets": BUDGETS, "lengths": found}))
+
+
+if __name__ == "__main__":
+    typer.run(main)
