@@ -53,7 +53,7 @@ class OneBudget(BasePress):  # type: ignore[misc]  # kvpress is untyped
         scores = self.score(LayerCache(module, hidden_states, keys, values, kwargs, SEED))
         ranking = protected_ranking(scores, self.evaluation.n_sink, self.evaluation.n_recent)
         kept = kept_tokens(ranking, self.budget)[None, :, :-1]
-        return gather_tokens(keys, kept), gather_tokens(values, kept)
+        return gather_tokens(keys[0], kept), gather_tokens(values[0], kept)
 
 
 @torch.inference_mode()

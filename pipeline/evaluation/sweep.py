@@ -276,10 +276,7 @@ class Sweep:
             # index: (policies, kv_heads, budget - 1) per layer
             by_layer = torch.stack(list(kept.values()), dim=1)
             groups = [
-                [
-                    gather_tokens(layer.expand(len(kept), -1, -1, -1), index)
-                    for layer, index in zip(states, by_layer, strict=True)
-                ]
+                [gather_tokens(layer[0], index) for layer, index in zip(states, by_layer, strict=True)]
                 for states in (prefill.keys, prefill.values)
             ]
             cache.add_group(*groups)

@@ -82,8 +82,8 @@ def test_our_decoding_writes_what_kvpress_writes(name: str, ratio: float, make_m
     layers = layer_caches(model, PROMPT[:-1])
     ours = EvictedCache(reserve=16)
     ours.add_group(
-        [gather_tokens(layer.keys, kept[None]) for layer, kept in zip(layers, tokens, strict=True)],
-        [gather_tokens(layer.values, kept[None]) for layer, kept in zip(layers, tokens, strict=True)],
+        [gather_tokens(layer.keys[0], kept[None]) for layer, kept in zip(layers, tokens, strict=True)],
+        [gather_tokens(layer.values[0], kept[None]) for layer, kept in zip(layers, tokens, strict=True)],
     )
     (written,) = greedy_decode(model, ours, [int(PROMPT[-1])], len(PROMPT) - 1, 16, lambda _: False)
     assert written == continue_compressed(model, theirs, 16)

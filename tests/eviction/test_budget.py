@@ -29,12 +29,12 @@ def test_protected_tokens_survive_and_budgets_are_nested(n: int, n_sink: int, n_
 
 
 def test_gather_takes_each_heads_own_tokens() -> None:
-    states = torch.randn(2, 3, 10, 4)
+    states = torch.randn(3, 10, 4)
     tokens = torch.stack([torch.randperm(10)[:5].sort().values for _ in range(6)]).view(2, 3, 5)
     gathered = gather_tokens(states, tokens)
-    for row in range(2):
+    for policy in range(2):
         for head in range(3):
-            assert torch.equal(gathered[row, head], states[row, head, tokens[row, head]])
+            assert torch.equal(gathered[policy, head], states[head, tokens[policy, head]])
 
 
 def test_a_budget_above_the_cache_is_refused() -> None:
