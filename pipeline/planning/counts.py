@@ -32,11 +32,11 @@ _STEP_KERNELS, _SCORE_KERNELS = 150, 20
 def trace_bytes(shape: ModelShape, tokens: int, block_size: int) -> int:
     """Bytes of one sequence of ``tokens`` in the trace files: all heads, all columns (``pipeline/traces/shards.py``).
 
-    Keys, values and the stored part of the record are float16; sequence, head and position take four bytes each.
+    Keys, values and the stored part of the record are float16; sequence, head and position take no room.
     """
     blocks = -(-tokens // block_size)
     stored = block_size * blocks * (blocks - 1) // 2
-    row = 3 * 4 + 2 * 2 * shape.head_dim + 3 * _LIST_BYTES
+    row = 2 * 2 * shape.head_dim + 3 * _LIST_BYTES
     return shape.heads * (tokens * row + 2 * stored + _ROW_GROUP_BYTES)
 
 
