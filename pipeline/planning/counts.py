@@ -17,7 +17,7 @@ _LIST_BYTES, _ROW_GROUP_BYTES = 3, 1100
 # Passes of a layer over its hidden states (norms, rotations, residuals) and over its MLP's (activation, product).
 _HIDDEN_PASSES, _INTERMEDIATE_PASSES = 24, 6
 # Operations of one layer of a transformers model; what capture adds for a chunk of queries, and for each block in it.
-LAYER_KERNELS, _CHUNK_KERNELS, _BLOCK_KERNELS = 45, 12, 3
+LAYER_KERNELS, _CHUNK_KERNELS, _BLOCK_KERNELS = 45, 10, 2
 # Bytes moved per unit of an agent's input and hidden layers: scoring, and a training step's forward and backward. Every
 # result is a new tensor, whose memory the system clears first.
 _SCORE_BYTES, _STEP_BYTES = 16, 72
@@ -32,11 +32,11 @@ _STEP_KERNELS, _SCORE_KERNELS = 150, 20
 def trace_bytes(shape: ModelShape, tokens: int, block_size: int) -> int:
     """Bytes of one sequence of ``tokens`` in the trace files: all heads, all columns (``pipeline/traces/shards.py``).
 
-    Keys, values and the stored part of the record are float16; sequence, head and position take four bytes each.
+    Keys, values and the stored part of the record are float16; sequence, head and position take no room.
     """
     blocks = -(-tokens // block_size)
     stored = block_size * blocks * (blocks - 1) // 2
-    row = 3 * 4 + 2 * 2 * shape.head_dim + 3 * _LIST_BYTES
+    row = 2 * 2 * shape.head_dim + 3 * _LIST_BYTES
     return shape.heads * (tokens * row + 2 * stored + _ROW_GROUP_BYTES)
 
 
@@ -69,9 +69,9 @@ def capture_work(shape: ModelShape, tokens: int, item_bytes: int, traces: Traces
     visible = traces.query_chunk**2 * chunks * (chunks + 1) // 2 + rest * tokens
     within = min(visible, tokens * (shape.window + traces.query_chunk))
     pairs = shape.query_heads * (shape.ranked_layers * visible + (shape.layers - shape.ranked_layers) * within)
-    # Product, scaling, softmax in float32, cast, product, maximum over the group's query heads, sum over the block.
+    # Product, softmax in float32, cast, product, maximum over the group's query heads, sum over the block.
     cast = 0 if item_bytes == 4 else 4 + item_bytes
-    pair_bytes = 5 * item_bytes + 8 + cast + 8 * shape.kv_heads / shape.query_heads
+    pair_bytes = 3 * item_bytes + 8 + cast + 8 * shape.kv_heads / shape.query_heads
     token_bytes = item_bytes * (_HIDDEN_PASSES * shape.hidden + _INTERMEDIATE_PASSES * shape.intermediate)
     chunk_kernels = _CHUNK_KERNELS + _BLOCK_KERNELS * traces.query_chunk / traces.block_size
     return Work(

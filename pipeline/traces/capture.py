@@ -103,38 +103,86 @@ def capture_attention(
         raise PipelineError("Attention is captured for one sequence at a time, without padding.")
     if sliding_window is not None and key.shape[2] > sliding_window:
         return _sliding_attention(query, key, value, scaling, sliding_window, recorder.query_chunk), None
-    heads, q_len, head_dim = query.shape[1:]
-    kv_heads, tokens = key.shape[1:3]
-    groups = heads // kv_heads
+    output, record = recorded_attention(query[0], key[0], value[0], scaling, recorder)
+    recorder.records[module.layer_idx] = record  # type: ignore[index]  # every attention module carries its index
+    return output[None].transpose(1, 2).contiguous(), None
+
+
+def recorded_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, recorder: Recorder
+) -> tuple[Tensor, Tensor]:
+    """Causal attention and its record, from one softmax over each chunk of queries.
+
+    Parameters
+    ----------
+    query
+        (heads, q, head_dim), the last q positions of ``tokens``.
+    key, value
+        (kv_heads, tokens, head_dim), of the same dtype.
+    recorder
+        Only its sizes are read.
+
+    Returns
+    -------
+    output
+        (heads, q, head_dim), query's dtype.
+    record
+        (kv_heads, tokens, blocks) float32, see :class:`Recorder`; each block is contiguous.
+    """
+    heads, q_len, head_dim = query.shape
+    kv_heads, tokens = key.shape[:2]
+    groups, block_size = heads // kv_heads, recorder.block_size
     offset = tokens - q_len  # position of the first query
-    queries = query[0].view(kv_heads, groups, q_len, head_dim)
-    keys, values = key[0], value[0]  # (kv_heads, tokens, head_dim)
-    blocks = -(-tokens // recorder.block_size)
-    record = torch.zeros(kv_heads, tokens, blocks, dtype=torch.float32, device=query.device)
+    # Scaling the queries spares a pass over the logits, which are many more.
+    queries = (query * scaling).view(kv_heads, groups, q_len, head_dim)
     output = torch.empty_like(queries)
+    record = torch.zeros(kv_heads, -(-tokens // block_size), tokens, dtype=torch.float32, device=query.device)
+    for start, stop in _chunks(offset, q_len, recorder.query_chunk):
+        weights = _weights(queries[:, :, start:stop], key[:, : offset + stop])
+        rows = weights.to(value.dtype).flatten(1, 2)  # (kv_heads, groups * size, visible)
+        output[:, :, start:stop] = torch.bmm(rows, value[:, : offset + stop]).unflatten(1, (groups, stop - start))
+        _add_up(record, weights.amax(dim=1), offset + start, block_size)
+    return output.view(heads, q_len, head_dim), record.transpose(1, 2)
+
+
+def _chunks(offset: int, q_len: int, chunk: int) -> Iterator[tuple[int, int]]:
+    """Cut queries at positions ``offset .. offset + q_len - 1`` where a position is a multiple of ``chunk``.
+
+    So a block, whose size divides the chunk's, lies in one chunk.
+    """
     start = 0
     while start < q_len:
-        # Chunks end on multiples of the chunk size in absolute positions, so a block lies in one chunk.
-        stop = min(
-            q_len, (offset + start) // recorder.query_chunk * recorder.query_chunk + recorder.query_chunk - offset
-        )
-        size, visible = stop - start, offset + stop
-        chunk = queries[:, :, start:stop].reshape(kv_heads, groups * size, head_dim)
-        logits = torch.bmm(chunk, keys[:, :visible].transpose(1, 2)).mul_(scaling)
-        logits = logits.view(kv_heads, groups, size, visible)
-        hidden = torch.ones(size, size, dtype=torch.bool, device=query.device).triu_(1)
-        logits[..., offset + start :].masked_fill_(hidden, float("-inf"))
-        weights = torch.softmax(logits, dim=-1, dtype=torch.float32)  # (kv_heads, groups, size, visible)
-        attended = torch.bmm(weights.to(value.dtype).view(kv_heads, groups * size, visible), values[:, :visible])
-        output[:, :, start:stop] = attended.view(kv_heads, groups, size, head_dim)
-        strongest = weights.amax(dim=1)  # (kv_heads, size, visible)
-        for block in range((offset + start) // recorder.block_size, -(-visible // recorder.block_size)):
-            first = max(block * recorder.block_size - offset - start, 0)
-            last = min((block + 1) * recorder.block_size - offset - start, size)
-            record[:, :visible, block] = strongest[:, first:last].sum(dim=1)
+        stop = min(q_len, start + chunk - (offset + start) % chunk)
+        yield start, stop
         start = stop
-    recorder.records[module.layer_idx] = record  # type: ignore[index]  # every attention module carries its index
-    return output.view(1, heads, q_len, head_dim).transpose(1, 2).contiguous(), None
+
+
+def _weights(queries: Tensor, keys: Tensor) -> Tensor:
+    """Attention of the last queries: (kv_heads, groups, size, head_dim), (kv_heads, visible, head_dim).
+
+    Returns (kv_heads, groups, size, visible) float32.
+    """
+    groups, size = queries.shape[1:3]
+    logits = torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2)).unflatten(1, (groups, size))
+    hidden = torch.ones(size, size, dtype=torch.bool, device=queries.device).triu_(1)
+    logits[..., -size:].masked_fill_(hidden, float("-inf"))  # only a chunk's own tokens can lie after a query
+    return torch.softmax(logits, dim=-1, dtype=torch.float32)
+
+
+def _add_up(record: Tensor, strongest: Tensor, position: int, block_size: int) -> None:
+    """Sum attention over blocks of queries into the record.
+
+    Parameters
+    ----------
+    record
+        (kv_heads, blocks, tokens), written to.
+    strongest
+        (kv_heads, size, visible), of the queries at ``position .. position + size - 1``.
+    """
+    visible = strongest.shape[-1]
+    for block in range(position // block_size, -(-visible // block_size)):
+        first, last = (max(edge * block_size - position, 0) for edge in (block, block + 1))
+        record[:, block, :visible] = strongest[:, first:last].sum(dim=1)
 
 
 def _sliding_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int, chunk: int) -> Tensor:

@@ -45,20 +45,22 @@ def record_lengths(tokens: int, block_size: int) -> Tensor:
 
 
 def pack_record(record: Tensor, block_size: int) -> Tensor:
-    """Keep the stored part of a record: (kv_heads, tokens, blocks) -> (kv_heads, entries), token-major."""
-    stored = _stored(record.shape[-2], block_size).to(record.device)
-    return record[..., stored]
+    """Keep the stored part of a record: (..., tokens, blocks) -> (..., entries), token-major."""
+    return torch.cat([part.flatten(-2) for part in _stored(record, block_size)], dim=-1)
 
 
 def unpack_record(packed: Tensor, tokens: int, block_size: int) -> Tensor:
     """Inverse of :func:`pack_record`; entries that were not stored are 0."""
-    stored = _stored(tokens, block_size)
-    record = packed.new_zeros(*packed.shape[:-1], *stored.shape)
-    record[..., stored] = packed
+    record = packed.new_zeros(*packed.shape[:-1], tokens, -(-tokens // block_size))
+    start = 0
+    for part in _stored(record, block_size):
+        stop = start + part.shape[-2] * part.shape[-1]
+        part.copy_(packed[..., start:stop].unflatten(-1, part.shape[-2:]))
+        start = stop
     return record
 
 
-def _stored(tokens: int, block_size: int) -> Tensor:
-    blocks = -(-tokens // block_size)
-    first = blocks - record_lengths(tokens, block_size)
-    return torch.arange(blocks)[None, :] >= first[:, None]  # (tokens, blocks)
+def _stored(record: Tensor, block_size: int) -> list[Tensor]:
+    """Views (..., tokens of a block, later blocks) of what is stored: the tokens of a block store equally many."""
+    blocks = record.shape[-1]
+    return [record[..., block * block_size : (block + 1) * block_size, block + 1 :] for block in range(blocks)]

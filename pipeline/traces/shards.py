@@ -6,16 +6,19 @@
 
 One row is one token of one KV head; one row group is one (sequence, KV head), so a reader touches only
 the bytes of the head and sequence it asks for. Keys, values and the packed future-attention record are
-float16. Bytes are reproducible: no timestamps, fixed encodings, pinned pyarrow.
+float16, plainly encoded, so that a reader copies them from the file as they are. Bytes are reproducible: no
+timestamps, fixed encodings, pinned pyarrow.
 """
 
 import json
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -26,9 +29,13 @@ from torch import Tensor
 from pipeline.errors import PipelineError
 from pipeline.traces.capture import LayerTrace
 from pipeline.traces.importance import pack_record, record_lengths, unpack_record
+from pipeline.traces.pages import plain_values
 from pipeline.workdir import disk_errors, hash_file, write_json
 
 MANIFEST = "manifest.json"
+# Larger than a row group, whose vectors then lie in one page and are read without Arrow (pipeline/traces/pages.py).
+_ONE_PAGE = 1 << 30
+_VECTORS = ("key", "value", "future_attention")
 
 
 @dataclass(frozen=True)
@@ -149,9 +156,19 @@ def write_manifest(root: Path, shape: TraceShape, splits: dict[str, int]) -> Non
 
 
 def _open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    # Float16 keys and values are noise to a compressor; statistics over them are of no use to a reader.
+    # Float16 keys and values are noise to a compressor; statistics over them are of no use to a reader. Sequence and
+    # head are constant within a row group, positions grow by one: as dictionary and differences they take no room.
+    labels = ["sequence", "kv_head"]
     return pq.ParquetWriter(
-        path, schema, compression="none", use_dictionary=False, write_statistics=["sequence", "kv_head"], version="2.6"
+        path,
+        schema,
+        compression="none",
+        use_dictionary=labels,
+        column_encoding={"position": "DELTA_BINARY_PACKED"},
+        write_statistics=labels,
+        version="2.6",
+        data_page_size=_ONE_PAGE,
+        max_rows_per_page=_ONE_PAGE,
     )
 
 
@@ -195,6 +212,10 @@ class SequenceInfo:
     tokens: int
     shard: int
     group: int
+
+
+# Row group -> offsets of its keys, values and future attention in the file; None where only Arrow can read them.
+_Offsets: TypeAlias = list[list[int]] | None
 
 
 class TraceReader:
@@ -248,27 +269,16 @@ class TraceReader:
                 f"{root}: the traces have layers {', '.join(map(str, captured))}, not {absent[0]}; name others."
             )
         self.shape = replace(self.shape, layers=len(wanted), layer_numbers=wanted)
+        self._tokens = [[entry["tokens"] for entry in content["sequences"]] for content in shards]
         self._checksums = {file["path"]: file["sha256"] for content in shards for file in content["files"]}
-        self._files: dict[str, pq.ParquetFile] = {}
+        self._values: dict[tuple[int, int], _Offsets] = {}
         self._memory: OrderedDict[int, tuple[Tensor, Tensor, Tensor]] = OrderedDict()
         self._memory_bytes, self._cache_bytes = 0, cache_bytes
         self._lock = threading.Lock()
 
     def read_layer(self, layer: int, sequence: int) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values (kv_heads, n, head_dim) and record (kv_heads, n, blocks) of a layer (its number), float16."""
-        info, shape = self.sequences[sequence], self.shape
-        file = self._open(layer, info.shard)
-        groups = range(info.group * shape.kv_heads, (info.group + 1) * shape.kv_heads)
-        try:
-            table = file.read_row_groups(list(groups), columns=["key", "value", "future_attention"], use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            raise PipelineError(
-                f"{self._path(layer, info.shard)} is damaged ({error}); run the traces stage again."
-            ) from None
-        vectors = (shape.kv_heads, info.tokens, shape.head_dim)
-        keys, values = (_flat(table[name]).view(vectors) for name in ("key", "value"))
-        packed = _flat(table["future_attention"]).view(shape.kv_heads, -1)
-        return keys, values, unpack_record(packed, info.tokens, shape.block_size)
+        return self._read((layer,), sequence)
 
     def read(self, sequence: int) -> tuple[Tensor, Tensor, Tensor]:
         """All layers of one sequence, stacked: heads = layers x kv_heads comes first, layer-major."""
@@ -276,34 +286,111 @@ class TraceReader:
             if sequence in self._memory:
                 self._memory.move_to_end(sequence)
                 return self._memory[sequence]
-        parts = [self.read_layer(layer, sequence) for layer in self.shape.layer_numbers]
-        keys, values, record = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        tensors = self._read(self.shape.layer_numbers, sequence)
         with self._lock:
-            size = sum(tensor.nbytes for tensor in (keys, values, record))
-            self._memory[sequence] = (keys, values, record)
-            self._memory_bytes += size
+            self._memory[sequence] = tensors
+            self._memory_bytes += sum(tensor.nbytes for tensor in tensors)
             while self._memory_bytes > self._cache_bytes and len(self._memory) > 1:
                 _, dropped = self._memory.popitem(last=False)
                 self._memory_bytes -= sum(tensor.nbytes for tensor in dropped)
-        return keys, values, record
+        return tensors
+
+    def _read(self, layers: Sequence[int], sequence: int) -> tuple[Tensor, Tensor, Tensor]:
+        info, shape = self.sequences[sequence], self.shape
+        self._check(layers, info.shard)
+        heads = len(layers) * shape.kv_heads
+        keys, values = (torch.empty(heads, info.tokens, shape.head_dim, dtype=torch.float16) for _ in range(2))
+        packed = torch.empty(heads, _entries(info.tokens, shape.block_size), dtype=torch.float16)
+        for layer, *targets in zip(
+            layers, *(tensor.split(shape.kv_heads) for tensor in (keys, values, packed)), strict=True
+        ):
+            self._fill(layer, info, targets)
+        return keys, values, unpack_record(packed, info.tokens, shape.block_size)
+
+    def _fill(self, layer: int, info: SequenceInfo, targets: list[Tensor]) -> None:
+        """Read one layer of one sequence into key, value and packed record, (kv_heads, ...) each."""
+        path, offsets = self._path(layer, info.shard), self._values[layer, info.shard]
+        first = info.group * self.shape.kv_heads
+        groups = range(first, first + self.shape.kv_heads)
+        try:
+            if offsets is None:
+                # Opened here: a reader of many shards must not hold all of them open.
+                with pq.ParquetFile(path, memory_map=True) as file:
+                    table = file.read_row_groups(list(groups), columns=list(_VECTORS), use_threads=False)
+                for name, target in zip(_VECTORS, targets, strict=True):
+                    target.view(-1).copy_(_flat(table[name]))
+            else:
+                with path.open("rb", buffering=0) as stream:
+                    for group, *vectors in zip(groups, *targets, strict=True):
+                        for offset, vector in zip(offsets[group], vectors, strict=True):
+                            _copy(stream.fileno(), offset, vector)
+        except (OSError, RuntimeError, pa.ArrowException) as error:
+            raise PipelineError(f"{path} is damaged ({error}); run the traces stage again.") from None
 
     def _path(self, layer: int, shard: int) -> Path:
         return self.root / self.split / f"layer={layer:02d}" / f"{shard_name(shard)}.parquet"
 
-    def _open(self, layer: int, shard: int) -> pq.ParquetFile:
-        path = self._path(layer, shard)
-        key = str(path.relative_to(self.root))
+    def _check(self, layers: Sequence[int], shard: int) -> None:
+        # Once per file, on first use: a flipped bit in a float would otherwise train silently.
         with self._lock:
-            if key not in self._files:
-                if not path.is_file():
-                    raise PipelineError(f"{path} is missing; run the traces stage again.")
-                # Once per file, on first use: a flipped bit in a float would otherwise train silently.
-                if hash_file(path) != self._checksums[key]:
-                    raise PipelineError(
-                        f"{path} does not match its checksum: it was cut or changed; run the traces stage again."
-                    )
-                self._files[key] = pq.ParquetFile(path, memory_map=True)
-            return self._files[key]
+            unchecked = [layer for layer in layers if (layer, shard) not in self._values]
+            if unchecked:
+                # Hashing takes longer than reading, and lets other threads run.
+                with ThreadPoolExecutor(min(len(unchecked), os.cpu_count() or 1)) as pool:
+                    located = list(pool.map(lambda layer: self._locate(layer, shard), unchecked))
+                self._values |= {(layer, shard): offsets for layer, offsets in zip(unchecked, located, strict=True)}
+
+    def _locate(self, layer: int, shard: int) -> _Offsets:
+        """Check a file, and find the values of its vectors."""
+        path = self._path(layer, shard)
+        if not path.is_file():
+            raise PipelineError(f"{path} is missing; run the traces stage again.")
+        if hash_file(path) != self._checksums[str(path.relative_to(self.root))]:
+            raise PipelineError(
+                f"{path} does not match its checksum: it was cut or changed; run the traces stage again."
+            )
+        return _value_offsets(path, self.shape, self._tokens[shard])
+
+
+def _value_offsets(path: Path, shape: TraceShape, tokens: Sequence[int]) -> _Offsets:
+    """Where the values of each row group of a file lie, or None if some can only be read by Arrow.
+
+    Parameters
+    ----------
+    tokens
+        Of each sequence in the file; a sequence is ``shape.kv_heads`` row groups.
+    """
+    offsets = []
+    metadata = pq.read_metadata(path)
+    columns = {metadata.schema.column(index).path.partition(".")[0]: index for index in range(metadata.num_columns)}
+    with path.open("rb", buffering=0) as stream:
+        for group in range(metadata.num_row_groups):
+            length = tokens[group // shape.kv_heads]
+            vector = 2 * length * shape.head_dim
+            sizes = (vector, vector, 2 * _entries(length, shape.block_size))
+            chunks = metadata.row_group(group)
+            found = [
+                plain_values(stream, chunks.column(columns[name]), size)
+                for name, size in zip(_VECTORS, sizes, strict=True)
+            ]
+            if None in found:
+                return None
+            offsets.append(found)
+    return offsets
+
+
+def _entries(tokens: int, block_size: int) -> int:
+    return int(record_lengths(tokens, block_size).sum())
+
+
+def _copy(descriptor: int, offset: int, target: Tensor) -> None:
+    """Fill a contiguous tensor with the bytes of a file from ``offset`` on."""
+    wanted = memoryview(target.numpy()).cast("B") if target.numel() else memoryview(b"")
+    while wanted:
+        count = os.preadv(descriptor, [wanted], offset)
+        if not count:
+            raise OSError("it is shorter than when it was checked")
+        wanted, offset = wanted[count:], offset + count
 
 
 def _flat(column: pa.ChunkedArray) -> Tensor:

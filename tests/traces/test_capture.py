@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from pipeline.errors import PipelineError
 from pipeline.layers import full_attention_layers
-from pipeline.traces.capture import Recorder, capture_attention, capture_sequence, run_captured
+from pipeline.traces.capture import Recorder, capture_attention, capture_sequence, recorded_attention, run_captured
 from tests.conftest import FAMILIES, MakeModel
 
 
@@ -60,6 +61,58 @@ def test_output_and_record_equal_the_reference(
     expected_output, expected_record = reference(query[0], key[0], value[0], 0.35, block)
     torch.testing.assert_close(output[0].double(), expected_output, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(recorder.records[0].double(), expected_record, rtol=1e-4, atol=1e-6)
+
+
+def textbook(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, block: int):
+    """Output and record as :func:`reference` defines them, without chunks, in the dtype of the query."""
+    (heads, q_len, _), (kv_heads, tokens) = query.shape, key.shape[:2]
+    keys, values = (states.repeat_interleave(heads // kv_heads, dim=0) for states in (key, value))
+    hidden = torch.ones(q_len, tokens).triu(tokens - q_len + 1).bool()
+    logits = (query @ keys.transpose(1, 2) * scaling).masked_fill(hidden, float("-inf"))
+    weights = torch.softmax(logits, -1, dtype=torch.float32)
+    strongest = weights.unflatten(0, (kv_heads, -1)).amax(1)
+    record = torch.zeros(kv_heads, tokens, -(-tokens // block))
+    for row in range(q_len):
+        record[:, :, (tokens - q_len + row) // block] += strongest[:, row]
+    return (weights.to(value.dtype) @ values).transpose(0, 1), record
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("past", [0, 21])
+def test_half_precision_errs_no_more_than_the_textbook_does(dtype: torch.dtype, past: int) -> None:
+    generator = torch.Generator().manual_seed(past)
+    query = torch.randn(6, 150, 64, generator=generator).to(dtype) * 2
+    key, value = (torch.randn(2, past + 150, 64, generator=generator).to(dtype) for _ in range(2))
+    scaling = 0.15  # no power of two: scaling rounds
+    output, record = recorded_attention(query, key, value, scaling, Recorder(16, 32))
+    ours = output.transpose(0, 1), record
+    assert (output.dtype, record.dtype) == (dtype, torch.float32)
+    for mine, naive, exact in zip(
+        ours, textbook(query, key, value, scaling, 16), reference(query, key, value, scaling, 16), strict=True
+    ):
+        assert (mine - exact).norm() <= 2 * (naive - exact).norm()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many numbers the largest tensor held that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("tokens", [256, 512])
+def test_memory_grows_with_tokens_times_chunk(tokens: int) -> None:
+    query, key = torch.randn(6, tokens, 8), torch.randn(2, tokens, 8)
+    with LargestTensor() as largest:
+        recorded_attention(query, key, key, 0.3, Recorder(16, 32))
+    assert largest.numel == 6 * 32 * tokens
 
 
 def literal_record(attention: torch.Tensor, kv_heads: int, block: int) -> torch.Tensor:

@@ -3,7 +3,9 @@
 import dataclasses
 import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pyarrow.parquet as pq
@@ -14,6 +16,7 @@ from pipeline.errors import PipelineError
 from pipeline.traces import shards
 from pipeline.traces.capture import LayerTrace
 from pipeline.traces.shards import TraceReader, TraceShape, is_committed, write_manifest, write_shard
+from pipeline.workdir import hash_file
 
 SHAPE = TraceShape("tiny", "corpus", layers=2, kv_heads=3, head_dim=4, block_size=8)
 
@@ -58,6 +61,84 @@ def test_reading_returns_what_was_written(tmp_path: Path) -> None:
                     rtol=0,
                     atol=0,
                 )
+
+
+def tiny_file(root: Path) -> Path:
+    return root / "train" / "layer=01" / "shard-00000.parquet"
+
+
+def rewrite(root: Path, **options: Any) -> None:
+    """Store one file of a directory again, in other pages, as other versions or programs might have."""
+    path = tiny_file(root)
+    file = pq.ParquetFile(path)
+    groups = [file.read_row_group(group) for group in range(file.num_row_groups)]
+    with pq.ParquetWriter(path, file.schema_arrow, **options) as writer:
+        for group in groups:
+            writer.write_table(group, row_group_size=group.num_rows)
+    manifest = json.loads((root / "manifest.json").read_text())
+    for entry in manifest["splits"]["train"][0]["files"]:
+        if entry["path"] == str(path.relative_to(root)):
+            entry["sha256"] = hash_file(path)
+    (root / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("options", "direct"),
+    [
+        ({"compression": "none", "use_dictionary": False}, True),  # how shards were written at first
+        ({"compression": "none", "use_dictionary": False, "data_page_size": 64, "write_batch_size": 4}, False),
+        ({"compression": "zstd"}, False),
+    ],
+)
+def test_files_in_other_pages_are_read_as_well(options: dict[str, Any], direct: bool, tmp_path: Path) -> None:
+    write(tmp_path)
+    expected = [TraceReader(tmp_path, "train", cache_bytes=0).read(index) for index in range(3)]
+    rewrite(tmp_path, **options)
+    reader = TraceReader(tmp_path, "train", cache_bytes=0)
+    for index, tensors in enumerate(expected):
+        for ours, theirs in zip(reader.read(index), tensors, strict=True):
+            assert torch.equal(ours, theirs)
+    assert (reader._values[1, 0] is not None) == direct
+
+
+@pytest.mark.parametrize(("tokens", "head_dim"), [(9000, 64), (21_000, 2)])
+def test_long_sequences_are_read_without_arrow(tokens: int, head_dim: int, tmp_path: Path) -> None:
+    # Parquet would begin another page after a megabyte, or 20,000 rows.
+    shape = TraceShape("tiny", "corpus", layers=1, kv_heads=1, head_dim=head_dim, block_size=4096)
+    blocks = -(-tokens // 4096)
+    trace = LayerTrace(
+        torch.randn(1, tokens, head_dim), torch.randn(1, tokens, head_dim), torch.rand(1, tokens, blocks)
+    )
+    write_shard(tmp_path, "train", 0, shape, [(0, "a", [trace])])
+    write_manifest(tmp_path, shape, {"train": 1})
+    reader = TraceReader(tmp_path, "train", cache_bytes=0)
+    keys, values, record = reader.read(0)
+    assert reader._values[0, 0] is not None
+    assert torch.equal(keys, trace.keys.half())
+    assert torch.equal(values, trace.values.half())
+    assert torch.equal(record[:, :4096, 1:], trace.record[:, :4096, 1:].half())
+
+
+def test_a_file_that_is_cut_after_it_was_checked_is_named(tmp_path: Path) -> None:
+    write(tmp_path)
+    reader = TraceReader(tmp_path, "train", cache_bytes=0)
+    reader.read(0)
+    os.truncate(tiny_file(tmp_path), 300)
+    with pytest.raises(PipelineError, match=r"layer=01/shard-00000\.parquet is damaged .*shorter"):
+        reader.read(1)
+
+
+def test_the_schema_is_that_of_the_columns(tmp_path: Path) -> None:
+    write(tmp_path)
+    assert pq.read_schema(tiny_file(tmp_path)).equals(SHAPE.schema())
+    assert pl.read_parquet_schema(tiny_file(tmp_path)) == {
+        "sequence": pl.Int32,
+        "kv_head": pl.Int16,
+        "position": pl.Int32,
+        "key": pl.Array(pl.Float16, 4),
+        "value": pl.Array(pl.Float16, 4),
+        "future_attention": pl.List(pl.Float16),
+    }
 
 
 def test_layers_carry_the_models_numbers(tmp_path: Path) -> None:

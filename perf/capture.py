@@ -1,0 +1,122 @@
+"""Trace capture against a prefill without it, and against a prefill that returns all attention weights.
+
+All run the same body of SmolLM2 on the same random tokens with an empty ``DynamicCache``, without logits: plainly
+(transformers' default, ``sdpa``), captured (``pipeline/traces/capture.py``), and with ``output_attentions=True``, which
+transformers computes with its ``eager`` attention. Peak memory is measured in processes of its own.
+"""
+
+import argparse
+import multiprocessing
+import resource
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from perf.measure import interleaved, median_ratio, write_result
+from pipeline.errors import PipelineError
+from pipeline.models import load_model
+from pipeline.traces.capture import attention_implementation, capture_sequence
+
+BLOCK_SIZE = 64  # of the default profile
+# Attention weights of all layers at 4k tokens are 18 GB in float32.
+EAGER_TOKENS = 2048
+
+
+@torch.inference_mode()
+def prefill(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    model.base_model(input_ids=ids[None].to(model.device), past_key_values=DynamicCache(), use_cache=True)
+
+
+def capture(model: PreTrainedModel, ids: torch.Tensor, query_chunk: int) -> None:
+    capture_sequence(model, ids, BLOCK_SIZE, query_chunk)
+
+
+@torch.inference_mode()
+def prefill_with_weights(model: PreTrainedModel, ids: torch.Tensor) -> None:
+    with attention_implementation(model, "eager"):
+        body = model.base_model
+        body(
+            input_ids=ids[None].to(model.device), past_key_values=DynamicCache(), use_cache=True, output_attentions=True
+        )
+
+
+def works(query_chunk: int) -> dict[str, Callable[[PreTrainedModel, torch.Tensor], None]]:
+    return {"plain": prefill, "capture": partial(capture, query_chunk=query_chunk), "weights": prefill_with_weights}
+
+
+def peak_growth(arguments: argparse.Namespace, name: str, tokens: int) -> float:
+    """MB by which one call raises the peak memory of the process that makes it, weights not counted."""
+    torch.set_num_threads(arguments.threads)
+    model = load_model(arguments.model_directory, arguments.dtype, arguments.device)
+    prefill(model, torch.arange(64))  # brings the weights into memory
+    before = _peak(arguments.device)
+    works(arguments.query_chunk)[name](model, torch.arange(tokens))
+    return round((_peak(arguments.device) - before) / 1e6, 1)
+
+
+def _peak(device: str) -> int:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure_memory(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """name -> tokens -> MB; every measurement in a fresh process, since a peak never falls."""
+    growth: dict[str, dict[str, float]] = {}
+    for name in works(arguments.query_chunk):
+        for tokens in (length for length in arguments.memory_tokens if name != "weights" or length <= EAGER_TOKENS):
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                growth.setdefault(name, {})[str(tokens)] = process.submit(peak_growth, arguments, name, tokens).result()
+            print(f"peak memory, {name}, {tokens} tokens: {growth[name][str(tokens)]:.0f} MB", flush=True)
+    return growth
+
+
+def measure_time(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per length: seconds of every call, and the ratios capture / plain and capture / weights."""
+    model = load_model(arguments.model_directory, arguments.dtype, arguments.device)
+    rows = []
+    for tokens in arguments.tokens:
+        ids = torch.arange(tokens)
+        calls = {
+            name: partial(work, model, ids)
+            for name, work in works(arguments.query_chunk).items()
+            if name != "weights" or tokens <= EAGER_TOKENS
+        }
+        seconds = interleaved(calls, arguments.repeats, arguments.device)
+        row: dict[str, Any] = {"tokens": tokens, "seconds": seconds}
+        for other in calls.keys() - {"capture"}:
+            row[f"capture / {other}"] = ratio = median_ratio(seconds["capture"], seconds[other])
+            middle, smallest, largest = ratio
+            print(f"{tokens} tokens, capture / {other}: {middle:.3f} ({smallest:.3f} .. {largest:.3f})", flush=True)
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model-directory", type=Path, default=Path("models/smollm2-135m"))
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--memory-tokens", type=int, nargs="+", default=[1024, 2048, 4096])
+    parser.add_argument("--query-chunk", type=int, default=64, help="traces.query_chunk, of the default profile")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    try:
+        memory = measure_memory(arguments)
+        rows = measure_time(arguments)
+    except PipelineError as error:
+        raise SystemExit(str(error)) from None
+    options = {"dtype": arguments.dtype, "query_chunk": arguments.query_chunk, "block_size": BLOCK_SIZE}
+    print(write_result("capture", arguments.device, {**options, "peak_growth_mb": memory, "time": rows}))
+
+
+if __name__ == "__main__":
+    main()
