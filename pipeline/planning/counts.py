@@ -10,7 +10,7 @@ from pipeline.params import TracesParams
 from pipeline.planning.devices import Work
 from pipeline.planning.shapes import ModelShape
 from pipeline.policy.agents import PolicyShape
-from pipeline.policy.ranking import PAIRS_PER_BLOCK
+from pipeline.policy.pairs import NODES, WEIGHTS_PER_BLOCK
 
 # Parquet's marks of where the lists of a row begin, per list, and its headers and metadata of one row group.
 _LIST_BYTES, _ROW_GROUP_BYTES = 3, 1100
@@ -23,9 +23,10 @@ LAYER_KERNELS, _CHUNK_KERNELS, _BLOCK_KERNELS = 45, 12, 3
 _SCORE_BYTES, _STEP_BYTES = 16, 72
 # Bytes moved per parameter by AdamW and clipping, and per token that is sorted, gathered and summed up.
 _OPTIMIZER_BYTES, RANKING_BYTES = 60, 1000
-# The exact estimator per pair of tokens: bytes of difference, sigmoid, slope and products, of which the exponential
-# takes a CPU as long as the rest; FLOPs of three products.
-_PAIR_BYTES, _PAIR_FLOPS = 64, 6
+# The exact estimator, float64: bytes moved per weight of a token on its grid nodes (powers, product, indices, spread
+# and gathered back twice); bytes per place of a head's transforms, two there and three back, and the places where
+# scores are spread over less than 31.
+_WEIGHT_BYTES, _PLACE_BYTES, _PLACES, _GRID_KERNELS = 200, 160, 1024, 50
 _STEP_KERNELS, _SCORE_KERNELS = 150, 20
 
 
@@ -129,7 +130,6 @@ def step_work(policy: PolicyShape, estimator: str, samples: int, tokens: int, bl
     """
     cuts = (tokens - 1) // block_size
     mean = block_size * (cuts + 1) / 2
-    mean_square = block_size**2 * (cuts + 1) * (2 * cuts + 1) / 6
     rows = policy.heads * mean
     step = Work(
         agent_flops=training_flops(policy) * rows,
@@ -137,8 +137,8 @@ def step_work(policy: PolicyShape, estimator: str, samples: int, tokens: int, bl
         kernels=_STEP_KERNELS,
     )
     if estimator == "exact":
-        pairs = policy.heads * mean_square
-        return step + Work(agent_flops=_PAIR_FLOPS * pairs, moved=_PAIR_BYTES * pairs)
+        moved = _WEIGHT_BYTES * NODES * rows + _PLACE_BYTES * _PLACES * policy.heads
+        return step + Work(agent_flops=2 * NODES**2 * rows, moved=moved, kernels=_GRID_KERNELS)
     return step + Work(moved=RANKING_BYTES * samples * rows)
 
 
@@ -150,7 +150,8 @@ def step_memory(policy: PolicyShape, estimator: str, samples: int, tokens: int, 
         "activations": 4 * rows * (2 * policy.widths[0] + 4 * sum(policy.widths[1:])),
     }
     if estimator == "exact":
-        pairs = PAIRS_PER_BLOCK["cuda" if accelerator else "cpu"]
-        return parts | {"one block of pairs": 4 * min(pairs, rows * tokens)}
+        weights = min(WEIGHTS_PER_BLOCK["cuda" if accelerator else "cpu"], rows * NODES)
+        # Powers, weights, their product with the importance, and the indices of the nodes.
+        return parts | {"one block of the grid": 4 * 8 * weights}
     # int64 rankings, noise, ordered scores and their running sums.
     return parts | {"rankings": 8 * 4 * samples * rows}

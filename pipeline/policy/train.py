@@ -25,7 +25,8 @@ from torch import Tensor
 from pipeline.errors import PipelineError
 from pipeline.params import TrainParams
 from pipeline.policy.agents import Policy, PolicyShape, save_policy
-from pipeline.policy.ranking import expected_cost, optimal_total_cost, rank, rloo_loss, total_cost
+from pipeline.policy.pairs import expected_cost
+from pipeline.policy.ranking import optimal_total_cost, rank, rloo_loss, total_cost
 from pipeline.policy.soft_rank import soft_rank_loss
 from pipeline.traces.importance import future_importance
 from pipeline.traces.shards import TraceReader
