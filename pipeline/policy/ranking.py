@@ -45,12 +45,12 @@ def cost_at_budgets(importance: Tensor, ranking: Tensor, budgets: Tensor) -> Ten
     return evicted[..., budgets]
 
 
-def sample_rankings(scores: Tensor, samples: int, generator: torch.Generator) -> Tensor:
-    """Draw rankings from the Plackett-Luce distribution: (..., n) -> (samples, ..., n).
+def sample_rankings(scores: Tensor, uniform: Tensor) -> Tensor:
+    """Draw rankings from the Plackett-Luce distribution: (..., n), (samples, ..., n) -> (samples, ..., n).
 
-    Gumbel-sort: argsort of score + Gumbel(0, 1) noise, descending (paper, section "Policy").
+    Gumbel-sort: argsort of score + Gumbel(0, 1) noise, descending (paper, section "Policy"). ``uniform`` is
+    what ``torch.rand`` draws; the noise is made of it.
     """
-    uniform = torch.rand(samples, *scores.shape, generator=generator, device=scores.device)
     # rand is in [0, 1): move 0 to the smallest normal float32, so both logarithms are finite.
     gumbel = -torch.log(-torch.log(uniform.clamp_min(torch.finfo(torch.float32).tiny)))
     return torch.argsort(scores.float() + gumbel, dim=-1, descending=True)
@@ -63,16 +63,17 @@ def log_probability(scores: Tensor, rankings: Tensor) -> Tensor:
     return (ordered - remaining).sum(-1)
 
 
-def rloo_loss(scores: Tensor, importance: Tensor, samples: int, generator: torch.Generator) -> Tensor:
-    """REINFORCE with a leave-one-out baseline (paper, Algorithm 1): (..., n), (..., n) -> (...).
+def rloo_loss(scores: Tensor, importance: Tensor, uniform: Tensor) -> Tensor:
+    """REINFORCE with a leave-one-out baseline (paper, Algorithm 1): (..., n), (..., n), (samples, ..., n) -> (...).
 
-    Rewards are normalised by the best order's; advantages are standardised over the samples of each
-    agent. The value is a surrogate: only its gradient means something.
+    One ranking is drawn from each sample of ``uniform`` (``sample_rankings``). Rewards are normalised by the
+    best order's; advantages are standardised over the samples of each agent. The value is a
+    surrogate: only its gradient means something.
     """
     with torch.no_grad():
-        rankings = sample_rankings(scores, samples, generator)
+        rankings = sample_rankings(scores, uniform)
         reward = -total_cost(importance, rankings) / optimal_total_cost(importance)  # (samples, ...)
-        baseline = (reward.sum(0) - reward) / (samples - 1)
+        baseline = (reward.sum(0) - reward) / (len(reward) - 1)
         advantage = reward - baseline
         advantage = (advantage - advantage.mean(0)) / (advantage.std(0) + 1e-8)
     return -(advantage * log_probability(scores, rankings)).mean(0)

@@ -27,6 +27,10 @@ def random_problem(n: int, seed: int, heads: int = 1) -> tuple[torch.Tensor, tor
     return scores, importance
 
 
+def uniform(*size: int, seed: int) -> torch.Tensor:
+    return torch.rand(*size, generator=torch.Generator().manual_seed(seed))
+
+
 def cost_by_loop(importance: list[float], order: list[int]) -> float:
     """Sum over budgets 1 .. n-1 of the importance of everything outside the kept prefix."""
     n = len(order)
@@ -83,10 +87,10 @@ def test_average_of_many_rloo_gradients_points_along_the_exact_gradient() -> Non
     scores = scores.float().requires_grad_()
     importance = importance.float()
     (exact,) = torch.autograd.grad(expected_cost(scores, importance).sum(), scores)
-    generator = torch.Generator().manual_seed(0)
     total = torch.zeros_like(scores)
-    for _ in range(400):
-        (gradient,) = torch.autograd.grad(rloo_loss(scores, importance, 64, generator).sum(), scores)
+    for seed in range(400):
+        loss = rloo_loss(scores, importance, uniform(64, *scores.shape, seed=seed)).sum()
+        (gradient,) = torch.autograd.grad(loss, scores)
         total += gradient
     assert torch.nn.functional.cosine_similarity(total, exact).item() > 0.995
 
@@ -95,7 +99,7 @@ def test_unstandardised_rloo_gradient_is_unbiased() -> None:
     scores, importance = random_problem(8, seed=6)
     scores, importance = scores.float().requires_grad_(), importance.float()
     (exact,) = torch.autograd.grad(expected_cost(scores, importance).sum(), scores)
-    rankings = sample_rankings(scores.detach(), 200_000, torch.Generator().manual_seed(1))
+    rankings = sample_rankings(scores.detach(), uniform(200_000, *scores.shape, seed=1))
     reward = -total_cost(importance, rankings)
     advantage = (reward - reward.mean(0)) * len(rankings) / (len(rankings) - 1)  # equals leave-one-out
     loss = -(advantage * log_probability(scores, rankings)).mean(0).sum()
@@ -107,7 +111,7 @@ def test_unstandardised_rloo_gradient_is_unbiased() -> None:
 def test_gumbel_sort_draws_from_plackett_luce() -> None:
     scores = torch.tensor([0.5, -1.0, 1.2, 0.0])
     samples = 200_000
-    rankings = sample_rankings(scores, samples, torch.Generator().manual_seed(2))
+    rankings = sample_rankings(scores, uniform(samples, 4, seed=2))
     codes, counts = torch.unique((rankings * torch.tensor([64, 16, 4, 1])).sum(-1), return_counts=True)
     observed = dict(zip(codes.tolist(), counts.tolist(), strict=True))
     chi_squared = 0.0
@@ -121,7 +125,7 @@ def test_gumbel_sort_draws_from_plackett_luce() -> None:
 
 def test_pairwise_precedence_is_a_sigmoid() -> None:
     scores = torch.tensor([0.3, -0.4, 1.0])
-    rankings = sample_rankings(scores, 100_000, torch.Generator().manual_seed(3))
+    rankings = sample_rankings(scores, uniform(100_000, 3, seed=3))
     ranks = rankings.argsort(-1)
     for first, second in itertools.permutations(range(3), 2):
         observed = (ranks[:, first] < ranks[:, second]).float().mean().item()
@@ -135,7 +139,8 @@ def test_ties_keep_the_more_recent_token_first() -> None:
 
 
 def test_gumbel_noise_is_finite_at_the_edges_of_the_generator() -> None:
-    noise = -torch.log(-torch.log(torch.zeros(3).clamp_min(torch.finfo(torch.float32).tiny)))
-    assert torch.isfinite(noise).all()
-    rankings = sample_rankings(torch.zeros(2, 1000), 50, torch.Generator().manual_seed(0))
+    # 0 is the smallest and 1 - 2^-24 the largest number that torch.rand draws: last and first, whatever is between.
+    edges = torch.tensor([0.0, 1 - 2**-24, 0.5])
+    assert sample_rankings(torch.zeros(3), edges[None]).tolist() == [[1, 2, 0]]
+    rankings = sample_rankings(torch.zeros(2, 1000), uniform(50, 2, 1000, seed=0))
     assert (rankings.sort(-1).values == torch.arange(1000)).all()
