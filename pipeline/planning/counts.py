@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pipeline.params import TracesParams
 from pipeline.planning.devices import Work
 from pipeline.planning.shapes import ModelShape
-from pipeline.policy.agents import PolicyShape
-from pipeline.policy.ranking import PAIRS_PER_BLOCK
+from pipeline.policy.agents import UNITS_PER_BLOCK, PolicyShape
+from pipeline.policy.pairs import NODES, WEIGHTS_PER_BLOCK
 
 # Parquet's marks of where the lists of a row begin, per list, and its headers and metadata of one row group.
 _LIST_BYTES, _ROW_GROUP_BYTES = 3, 1100
@@ -18,14 +18,15 @@ _LIST_BYTES, _ROW_GROUP_BYTES = 3, 1100
 _HIDDEN_PASSES, _INTERMEDIATE_PASSES = 24, 6
 # Operations of one layer of a transformers model; what capture adds for a chunk of queries, and for each block in it.
 LAYER_KERNELS, _CHUNK_KERNELS, _BLOCK_KERNELS = 45, 10, 2
-# Bytes moved per unit of an agent's input and hidden layers: scoring, and a training step's forward and backward. Every
-# result is a new tensor, whose memory the system clears first.
-_SCORE_BYTES, _STEP_BYTES = 16, 72
-# Bytes moved per parameter by AdamW and clipping, and per token that is sorted, gathered and summed up.
-_OPTIMIZER_BYTES, RANKING_BYTES = 60, 1000
-# The exact estimator per pair of tokens: bytes of difference, sigmoid, slope and products, of which the exponential
-# takes a CPU as long as the rest; FLOPs of three products.
-_PAIR_BYTES, _PAIR_FLOPS = 64, 6
+# Bytes moved per unit of an agent's input and hidden layers: scoring, and a training step's forward and backward.
+_SCORE_BYTES, _STEP_BYTES = 16, 36
+# Bytes moved per parameter by storing the gradient (8), clipping (20) and fused AdamW (28), and per token that is
+# sorted, gathered and summed up.
+_OPTIMIZER_BYTES, RANKING_BYTES = 56, 1000
+# The exact estimator, float64: bytes moved per weight of a token on its grid nodes (powers, product, indices, spread
+# and gathered back twice); bytes per place of a head's transforms, two there and three back, and the places where
+# scores are spread over less than 31.
+_WEIGHT_BYTES, _PLACE_BYTES, _PLACES, _GRID_KERNELS = 200, 160, 1024, 50
 _STEP_KERNELS, _SCORE_KERNELS = 150, 20
 
 
@@ -129,7 +130,6 @@ def step_work(policy: PolicyShape, estimator: str, samples: int, tokens: int, bl
     """
     cuts = (tokens - 1) // block_size
     mean = block_size * (cuts + 1) / 2
-    mean_square = block_size**2 * (cuts + 1) * (2 * cuts + 1) / 6
     rows = policy.heads * mean
     step = Work(
         agent_flops=training_flops(policy) * rows,
@@ -137,20 +137,23 @@ def step_work(policy: PolicyShape, estimator: str, samples: int, tokens: int, bl
         kernels=_STEP_KERNELS,
     )
     if estimator == "exact":
-        pairs = policy.heads * mean_square
-        return step + Work(agent_flops=_PAIR_FLOPS * pairs, moved=_PAIR_BYTES * pairs)
+        moved = _WEIGHT_BYTES * NODES * rows + _PLACE_BYTES * _PLACES * policy.heads
+        return step + Work(agent_flops=2 * NODES**2 * rows, moved=moved, kernels=_GRID_KERNELS)
     return step + Work(moved=RANKING_BYTES * samples * rows)
 
 
 def step_memory(policy: PolicyShape, estimator: str, samples: int, tokens: int, accelerator: bool) -> dict[str, int]:
     """Bytes of a training step at its peak on the device, by part."""
-    rows = policy.heads * tokens
+    device = "cuda" if accelerator else "cpu"
+    heads = min(policy.heads, max(1, UNITS_PER_BLOCK[device] // (tokens * policy.agent.hidden_width)))
+    rows = heads * tokens  # of one block of agents
     parts = {
         "agents, gradients, moments": 4 * 4 * policy.heads * policy.parameters_per_agent,
         "activations": 4 * rows * (2 * policy.widths[0] + 4 * sum(policy.widths[1:])),
     }
     if estimator == "exact":
-        pairs = PAIRS_PER_BLOCK["cuda" if accelerator else "cpu"]
-        return parts | {"one block of pairs": 4 * min(pairs, rows * tokens)}
-    # int64 rankings, noise, ordered scores and their running sums.
-    return parts | {"rankings": 8 * 4 * samples * rows}
+        weights = min(WEIGHTS_PER_BLOCK[device], rows * NODES)
+        # Powers, weights, their product with the importance, and the indices of the nodes.
+        return parts | {"one block of the grid": 4 * 8 * weights}
+    # The uniform numbers of all heads; int64 rankings, noise, ordered scores and their running sums of a block.
+    return parts | {"rankings": 4 * samples * (policy.heads * tokens + 8 * rows)}

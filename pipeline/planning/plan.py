@@ -187,8 +187,8 @@ def paper_training() -> dict[str, float]:
 
     Returns
     -------
-    FLOPs of the agents if every step took the whole sequence, FLOPs with cache sizes drawn uniformly, operations on
-    pairs of the exact estimator, and bytes of traces that the steps read.
+    FLOPs of the agents if every step took the whole sequence, FLOPs with cache sizes drawn uniformly, FLOPs of the
+    exact estimator besides, and bytes of traces that the steps read.
     """
     shape, steps, tokens, block = SHAPES["Qwen2.5-7B-Instruct"], 4000, 4500, 64
     policy = PolicyShape(
@@ -206,7 +206,7 @@ def paper_training() -> dict[str, float]:
         "tokens": tokens,
         "whole_sequence_flops": whole,
         "drawn_cache_flops": rloo,
-        "exact_pair_flops": exact - rloo,
+        "exact_sums_flops": exact - rloo,
         "read_bytes": float(steps * trace_bytes(shape, tokens, block)),
     }
 

@@ -64,7 +64,7 @@ def print_plan(plan: Plan) -> None:
         f"\nThe paper's training, {paper['agents']:.0f} agents for {paper['steps']:,.0f} steps on sequences of "
         f"{paper['tokens']:,.0f} tokens: {_amount(paper['whole_sequence_flops'], 'FLOP')} if every step took the whole "
         f"sequence, {_amount(paper['drawn_cache_flops'], 'FLOP')} with cache sizes drawn uniformly, "
-        f"{_amount(paper['exact_pair_flops'], 'FLOP')} more on pairs with the exact estimator; the steps read "
+        f"{_amount(paper['exact_sums_flops'], 'FLOP')} more for the sums of the exact estimator; the steps read "
         f"{_amount(paper['read_bytes'], 'B')} of traces.\n"
     )
     for assumption in plan.assumptions:

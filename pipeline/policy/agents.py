@@ -10,6 +10,7 @@ layer-major: head = layer * kv_heads + kv_head. This file knows no training and 
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ from pipeline.params import AgentParams
 from pipeline.workdir import atomic_write, write_json
 
 WEIGHTS_FILE, CONFIG_FILE = "policy.safetensors", "config.json"
+# Hidden units of one layer that are computed at once. On two CPU cores a training step of 90 agents on 960 tokens
+# takes half the time that it takes without blocks: memory is used again while it is in the cache.
+UNITS_PER_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 28}
 
 
 @dataclass(frozen=True)
@@ -110,31 +114,54 @@ class Policy(nn.Module):
         -------
         (heads, n) float32, higher = keep.
         """
-        heads = slice(None)
-        if layer is not None:
-            heads = slice(layer * self.shape.kv_heads, (layer + 1) * self.shape.kv_heads)
-        states = self.states(keys, values).float()
-        states = (states - self.mean[heads]) / self.std[heads]
-        hidden = torch.cat([states, self._positions(keys.shape[1], states)], dim=-1)  # (heads, n, inputs)
-        last = len(self.weights) - 1
-        for index, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            hidden = torch.baddbmm(bias[heads], hidden, weight[heads])
-            if index != last:
-                hidden = torch.relu(hidden)
-        return hidden.squeeze(-1)
+        if layer is None:
+            return torch.cat([self._score(keys[heads], values[heads], heads) for heads in self.blocks(keys.shape[1])])
+        return self._score(keys, values, slice(layer * self.shape.kv_heads, (layer + 1) * self.shape.kv_heads))
 
-    def states(self, keys: Tensor, values: Tensor) -> Tensor:
+    def _score(self, keys: Tensor, values: Tensor, heads: slice) -> Tensor:
+        weights, biases = ([parameter[heads] for parameter in each] for each in (self.weights, self.biases))
+        return run_agents(weights, biases, self.inputs(keys, values, heads))
+
+    def blocks(self, tokens: int) -> list[slice]:
+        """All heads in turns: so many at once that their hidden units fit a CPU's cache, or fill a GPU."""
+        limit = UNITS_PER_BLOCK.get(self.mean.device.type, 1 << 24)
+        step = max(1, limit // (tokens * self.shape.agent.hidden_width))
+        return [slice(first, first + step) for first in range(0, self.shape.heads, step)]
+
+    def states(self, keys: Tensor, values: Tensor, out: Tensor | None = None) -> Tensor:
         """The part of the cache that the agents see: (heads, n, head_dim) twice -> (heads, n, channels)."""
         seen = {"keys": [keys], "values": [values], "both": [keys, values]}
-        return torch.cat(seen[self.shape.agent.inputs], dim=-1)
+        return torch.cat(seen[self.shape.agent.inputs], dim=-1, out=out)
 
-    def _positions(self, tokens: int, like: Tensor) -> Tensor:
-        index = torch.arange(tokens, device=like.device, dtype=torch.float32)
+    @torch.no_grad()
+    def inputs(self, keys: Tensor, values: Tensor, heads: slice) -> Tensor:
+        """What the agents of ``heads`` see, normalised: (heads, n, head_dim) twice -> (heads, n, inputs) float32."""
+        tokens, channels = keys.shape[1], self.shape.channels
+        inputs = self.mean.new_empty(keys.shape[0], tokens, self.shape.widths[0])
+        # In place: the copies would cost more than the arithmetic.
+        self.states(keys, values, out=inputs[..., :channels])
+        inputs[..., :channels].sub_(self.mean[heads]).div_(self.std[heads])
+        index = torch.arange(tokens, device=inputs.device, dtype=torch.float32)
         features = {"position": torch.log1p(index) / 8, "age": torch.log1p(tokens - 1 - index) / 8}
-        columns = [features[name] for name in self.shape.agent.position_features]
-        if not columns:
-            return like.new_zeros(like.shape[0], tokens, 0)
-        return torch.stack(columns, dim=-1).expand(like.shape[0], -1, -1)
+        for column, name in enumerate(self.shape.agent.position_features, start=channels):
+            inputs[..., column] = features[name]
+        return inputs
+
+
+def run_agents(weights: Sequence[Tensor], biases: Sequence[Tensor], inputs: Tensor) -> Tensor:
+    """Scores of some agents, (heads, n, inputs) -> (heads, n).
+
+    Parameters
+    ----------
+    weights, biases
+        (heads, fan_in, fan_out) and (heads, 1, fan_out), layer by layer.
+    """
+    hidden, last = inputs, len(weights) - 1
+    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        hidden = torch.baddbmm(bias, hidden, weight)
+        if index != last:
+            hidden = torch.relu_(hidden)
+    return hidden.squeeze(-1)
 
 
 def save_policy(directory: Path, policy: Policy, config: dict[str, Any]) -> None:

@@ -1,18 +1,16 @@
-"""Plackett-Luce rankings of a cache: cost of a ranking, sampling, and the two gradient estimators.
+"""Plackett-Luce rankings of a cache: cost of a ranking, sampling, and the published gradient estimator.
 
 Shapes: ``scores`` and ``importance`` are (..., n), one value per cached token, higher scores = keep;
-a ``ranking`` is (..., n) int64 token indices, best first. It knows no agents and no files.
+a ``ranking`` is (..., n) int64 token indices, best first. It knows no agents and no files; the exact
+estimator is in ``pairs.py``.
 
 Keeping the best b of a ranking evicts the tokens at 0-based ranks >= b. The cost at budget b is the
 importance of the evicted tokens; summed over b = 1 .. n-1 it is sum_i rank_i * imp_i with 0-based
 ranks (paper, section "Reward": R = -cost, linear in the ranks).
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 def rank(scores: Tensor) -> Tensor:
@@ -47,12 +45,12 @@ def cost_at_budgets(importance: Tensor, ranking: Tensor, budgets: Tensor) -> Ten
     return evicted[..., budgets]
 
 
-def sample_rankings(scores: Tensor, samples: int, generator: torch.Generator) -> Tensor:
-    """Draw rankings from the Plackett-Luce distribution: (..., n) -> (samples, ..., n).
+def sample_rankings(scores: Tensor, uniform: Tensor) -> Tensor:
+    """Draw rankings from the Plackett-Luce distribution: (..., n), (samples, ..., n) -> (samples, ..., n).
 
-    Gumbel-sort: argsort of score + Gumbel(0, 1) noise, descending (paper, section "Policy").
+    Gumbel-sort: argsort of score + Gumbel(0, 1) noise, descending (paper, section "Policy"). ``uniform`` is
+    what ``torch.rand`` draws; the noise is made of it.
     """
-    uniform = torch.rand(samples, *scores.shape, generator=generator, device=scores.device)
     # rand is in [0, 1): move 0 to the smallest normal float32, so both logarithms are finite.
     gumbel = -torch.log(-torch.log(uniform.clamp_min(torch.finfo(torch.float32).tiny)))
     return torch.argsort(scores.float() + gumbel, dim=-1, descending=True)
@@ -65,65 +63,17 @@ def log_probability(scores: Tensor, rankings: Tensor) -> Tensor:
     return (ordered - remaining).sum(-1)
 
 
-def rloo_loss(scores: Tensor, importance: Tensor, samples: int, generator: torch.Generator) -> Tensor:
-    """REINFORCE with a leave-one-out baseline (paper, Algorithm 1): (..., n), (..., n) -> (...).
+def rloo_loss(scores: Tensor, importance: Tensor, uniform: Tensor) -> Tensor:
+    """REINFORCE with a leave-one-out baseline (paper, Algorithm 1): (..., n), (..., n), (samples, ..., n) -> (...).
 
-    Rewards are normalised by the best order's; advantages are standardised over the samples of each
-    agent. The value is a surrogate: only its gradient means something.
+    One ranking is drawn from each sample of ``uniform`` (``sample_rankings``). Rewards are normalised by the
+    best order's; advantages are standardised over the samples of each agent. The value is a
+    surrogate: only its gradient means something.
     """
     with torch.no_grad():
-        rankings = sample_rankings(scores, samples, generator)
+        rankings = sample_rankings(scores, uniform)
         reward = -total_cost(importance, rankings) / optimal_total_cost(importance)  # (samples, ...)
-        baseline = (reward.sum(0) - reward) / (samples - 1)
+        baseline = (reward.sum(0) - reward) / (len(reward) - 1)
         advantage = reward - baseline
         advantage = (advantage - advantage.mean(0)) / (advantage.std(0) + 1e-8)
     return -(advantage * log_probability(scores, rankings)).mean(0)
-
-
-def expected_cost(scores: Tensor, importance: Tensor) -> Tensor:
-    """Exact expected total cost under Plackett-Luce: (heads, n), (heads, n) -> (heads,).
-
-    P(j before i) = sigmoid(s_j - s_i), so E[rank_i] = sum over j != i of sigmoid(s_j - s_i), and
-    E[cost] = sum_i imp_i * E[rank_i]. Its gradient is the exact policy gradient: no sampling, no
-    variance. Computed in blocks of pairs: O(n^2) time, O(n) memory besides one block.
-    """
-    cost: Tensor = _ExpectedCost.apply(scores, importance)  # type: ignore[no-untyped-call]
-    return cost
-
-
-# Pairs held at once. On a CPU the block should stay in the cache (measured at n = 960 on two cores: 0.09 s
-# for 90 heads against 0.18 s with a block of 2^24); a GPU wants enough of them to fill it.
-PAIRS_PER_BLOCK = {"cpu": 1 << 19, "cuda": 1 << 26}
-
-
-class _ExpectedCost(torch.autograd.Function):
-    # d E[cost] / d s_k = sum_i (imp_i - imp_k) * sigma'(s_k - s_i): sigma' is even, so one pass over the
-    # pairs yields the value and, with two weighted row sums, the gradient.
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, importance: Tensor) -> Tensor:
-        heads, n = scores.shape
-        pairs = PAIRS_PER_BLOCK.get(scores.device.type, 1 << 24)
-        row_block = max(1, min(n, pairs // n))
-        head_block = max(1, pairs // (n * row_block))
-        # Half of every token's own importance is taken off: the diagonal contributes sigmoid(0) = 1/2.
-        cost = -0.5 * importance.sum(-1)
-        gradient = torch.empty_like(scores)
-        weights = torch.stack([importance, torch.ones_like(importance)], dim=-1)  # (heads, n, 2)
-        for first_head in range(0, heads, head_block):
-            block = slice(first_head, first_head + head_block)
-            for start in range(0, n, row_block):
-                rows = slice(start, start + row_block)
-                # before[k, i] = P(k before i) = sigmoid(s_k - s_i)
-                before = (scores[block, rows, None] - scores[block, None, :]).sigmoid_()  # (heads, rows, n)
-                cost[block] += torch.bmm(before, importance[block, :, None]).sum((1, 2))
-                slope = before.addcmul_(before, before, value=-1)  # sigma' = sigma * (1 - sigma)
-                by_importance, by_one = torch.bmm(slope, weights[block]).unbind(-1)
-                gradient[block, rows] = by_importance - importance[block, rows] * by_one
-        ctx.save_for_backward(gradient)
-        return cost
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return upstream[:, None] * gradient, None

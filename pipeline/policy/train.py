@@ -24,8 +24,9 @@ from torch import Tensor
 
 from pipeline.errors import PipelineError
 from pipeline.params import TrainParams
-from pipeline.policy.agents import Policy, PolicyShape, save_policy
-from pipeline.policy.ranking import expected_cost, optimal_total_cost, rank, rloo_loss, total_cost
+from pipeline.policy.agents import Policy, PolicyShape, run_agents, save_policy
+from pipeline.policy.pairs import expected_cost
+from pipeline.policy.ranking import optimal_total_cost, rank, rloo_loss, total_cost
 from pipeline.policy.soft_rank import soft_rank_loss
 from pipeline.traces.importance import future_importance
 from pipeline.traces.shards import TraceReader
@@ -95,27 +96,20 @@ def train_policy(
             )
     policy = Policy(shape, _generator(params.seed, "weights")).to(device)
     _normalise(policy, reader)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay)
+    # Fused: one pass over parameters, gradients and moments instead of one for each operation.
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
+    )
     curves = _Curves(shape, trace.layer_numbers)
     done = _resume(work, policy, optimizer, curves)
     advance(done, "resumed" if done else "starting")
-    for step, draw, (keys, values, record) in _prefetch(reader, params, done):
+    for step, (keys, values, importance) in _prefetch(reader, params, done, device):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, params)
-        importance = _importance(record, draw.cache_size, trace.block_size, device)
-        scores = policy(keys[:, : draw.cache_size].to(device), values[:, : draw.cache_size].to(device))
-        if estimator == "exact":
-            loss = expected_cost(scores, importance) / optimal_total_cost(importance)
-        elif estimator == "softrank":
-            loss = soft_rank_loss(scores, importance)
-        else:
-            loss = rloo_loss(scores, importance, params.rloo_samples, _generator(params.seed, "rankings", step, device))
-        optimizer.zero_grad(set_to_none=True)
-        # Agents share no parameters: the gradient of the sum is each agent's own gradient.
-        torch.autograd.backward(loss.sum())
+        loss = compute_gradients(policy, keys, values, loss_function(estimator, importance, params, step))
         norms = clip_gradients(policy, params.gradient_clip)
         optimizer.step()
-        curves.add(step, "loss", loss.detach())
+        curves.add(step, "loss", loss)
         curves.add(step, "gradient_norm", norms)
         status = ""
         if (step + 1) % params.validate_every == 0 or step + 1 == params.steps or step == 0:
@@ -129,6 +123,48 @@ def train_policy(
         curves.table().write_parquet(temporary)
     save_policy(work, policy, config)
     (work / CHECKPOINT_FILE).unlink(missing_ok=True)
+
+
+def loss_function(
+    estimator: Estimator, importance: Tensor, params: TrainParams, step: int
+) -> Callable[[Tensor, slice], Tensor]:
+    """The loss of one step: of scores (some heads, n) and which heads they are -> (some heads,).
+
+    ``importance`` is (heads, n). What ``rloo`` draws depends on seed and step only, not on how heads are split.
+    """
+    if estimator == "exact":
+        return lambda scores, heads: expected_cost(scores, importance[heads]) / optimal_total_cost(importance[heads])
+    if estimator == "softrank":
+        return lambda scores, heads: soft_rank_loss(scores, importance[heads])
+    device = importance.device
+    generator = _generator(params.seed, "rankings", step, device)
+    uniform = torch.rand(params.rloo_samples, *importance.shape, generator=generator, device=device)
+    return lambda scores, heads: rloo_loss(scores, importance[heads], uniform[:, heads])
+
+
+def compute_gradients(
+    policy: Policy, keys: Tensor, values: Tensor, loss_of: Callable[[Tensor, slice], Tensor]
+) -> Tensor:
+    """Put each agent's gradient into the parameters' ``grad``; returns the losses, (heads,).
+
+    Agents share nothing, so blocks of them go forward and backward in turn (``Policy.blocks``). ``keys`` and ``values``
+    are (heads, n, head_dim), of any floating dtype.
+    """
+    parameters = [*policy.weights, *policy.biases]
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.empty_like(parameter)
+    losses = []
+    for heads in policy.blocks(keys.shape[1]):
+        leaves = [parameter.detach()[heads].requires_grad_() for parameter in parameters]
+        weights, biases = leaves[: len(policy.weights)], leaves[len(policy.weights) :]
+        loss = loss_of(run_agents(weights, biases, policy.inputs(keys[heads], values[heads], heads)), heads)
+        # The gradient of the sum is each agent's own gradient.
+        gradients = torch.autograd.grad(loss.sum(), leaves)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad[heads] = gradient
+        losses.append(loss.detach())
+    return torch.cat(losses)
 
 
 @torch.no_grad()
@@ -181,7 +217,7 @@ def _normalise(policy: Policy, reader: TraceReader) -> None:
     policy.std.copy_(deviation.clamp_min(1e-4).float())
 
 
-def _generator(seed: int, purpose: str, step: int = 0, device: str = "cpu") -> torch.Generator:
+def _generator(seed: int, purpose: str, step: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
     # Hashed, because torch's CPU generator looks at the low 32 bits of a seed only.
     digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:4]))
@@ -197,17 +233,20 @@ def _draw(reader: TraceReader, params: TrainParams, step: int) -> Draw:
 
 
 def _prefetch(
-    reader: TraceReader, params: TrainParams, first: int
-) -> Iterator[tuple[int, Draw, tuple[Tensor, Tensor, Tensor]]]:
-    # One thread reads ahead, so that a step never waits for the disk.
-    queue: Queue[tuple[int, Draw, tuple[Tensor, Tensor, Tensor]] | Exception] = Queue(maxsize=4)
+    reader: TraceReader, params: TrainParams, first: int, device: str
+) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
+    # One thread reads ahead, so that a step waits neither for the disk nor for the way to the device.
+    queue: Queue[tuple[int, tuple[Tensor, Tensor, Tensor]] | Exception] = Queue(maxsize=4)
     stop = threading.Event()
 
     def produce() -> None:
         try:
             for step in range(first, params.steps):
                 draw = _draw(reader, params, step)
-                item = (step, draw, reader.read(draw.sequence))
+                keys, values, record = reader.read(draw.sequence)
+                importance = _importance(record, draw.cache_size, reader.shape.block_size, device)
+                keys, values = (_moved(states[:, : draw.cache_size], device) for states in (keys, values))
+                item = (step, (keys, values, importance))
                 if stop.is_set():
                     return
                 queue.put(item)
@@ -228,6 +267,13 @@ def _prefetch(
             while not queue.empty():
                 queue.get_nowait()
             thread.join(timeout=0.05)
+
+
+def _moved(states: Tensor, device: str) -> Tensor:
+    if torch.device(device).type != "cuda":
+        return states.to(device)
+    # From pinned memory: several times the speed, and the thread does not wait for it.
+    return states.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 class _Curves:

@@ -21,6 +21,7 @@ from pipeline.planning.counts import (
 )
 from pipeline.planning.shapes import ModelShape
 from pipeline.policy.agents import Policy, PolicyShape, save_policy
+from pipeline.policy.pairs import NODES, expected_cost
 from pipeline.traces.capture import LayerTrace, capture_sequence
 from pipeline.traces.shards import TraceReader, TraceShape, write_manifest, write_shard
 from tests.conftest import SIZES, MakeModel
@@ -116,5 +117,13 @@ def test_a_step_is_a_mean_over_the_drawn_cache_sizes() -> None:
     rloo, exact = (step_work(POLICY, name, 4, 45, 8) for name in ("rloo", "exact"))
     rows = POLICY.heads * sum(sizes) / len(sizes)
     assert rloo.agent_flops == pytest.approx(training_flops(POLICY) * rows)
-    squares = POLICY.heads * sum(size**2 for size in sizes) / len(sizes)
-    assert exact.agent_flops - rloo.agent_flops == pytest.approx(6 * squares)
+    assert exact.agent_flops - rloo.agent_flops == pytest.approx(2 * NODES**2 * rows)
+
+
+def test_flops_of_the_exact_estimator_are_those_that_torch_counts() -> None:
+    tokens = 40
+    exact, rloo = (step_work(POLICY, name, 4, tokens + 1, tokens) for name in ("exact", "rloo"))
+    scores = torch.rand(POLICY.heads, tokens, generator=torch.Generator().manual_seed(0))  # narrow: all on the grid
+    with FlopCounterMode(display=False) as counter:
+        expected_cost(scores, torch.ones_like(scores))
+    assert exact.agent_flops - rloo.agent_flops == counter.get_total_flops()

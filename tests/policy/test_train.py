@@ -1,15 +1,17 @@
 """Training: the published schedule, per-agent clipping, learning, and resuming to the same bytes."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
 import pytest
 import torch
+from torch import Tensor
 
 from pipeline.errors import PipelineError
 from pipeline.params import AgentParams, TrainParams
-from pipeline.policy import train
+from pipeline.policy import agents, pairs, train
 from pipeline.policy.agents import Policy, PolicyShape, load_policy
 from pipeline.policy.train import clip_gradients, describe, learning_rate, train_policy, validation_cost
 from pipeline.traces.capture import LayerTrace
@@ -68,6 +70,9 @@ def run(traces: Path, work: Path, estimator: train.Estimator, params: TrainParam
     return taken[0]
 
 
+Sums = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 def test_learning_rate_is_the_published_schedule() -> None:
     params = PARAMS.model_copy(
         update={"learning_rate": 5e-5, "final_learning_rate": 1e-6, "warmup_steps": 100, "steps": 4000}
@@ -119,6 +124,60 @@ def test_an_interrupted_training_resumes_and_ends_with_the_same_bytes(
     assert files == sorted(path.name for path in (tmp_path / "resumed").iterdir())
     for name in files:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("estimator", ["exact", "rloo", "softrank"])
+def test_gradients_do_not_depend_on_how_heads_are_split(
+    estimator: train.Estimator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = Policy(PolicyShape(2, 2, 4, PARAMS.agent), torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    keys, values = torch.randn(2, 4, 30, 4, generator=generator)
+    importance = torch.rand(4, 30, generator=generator)
+    loss_of = train.loss_function(estimator, importance, PARAMS, step=0)
+
+    whole = loss_of(policy(keys, values), slice(None))
+    expected = torch.autograd.grad(whole.sum(), list(policy.parameters()))
+    for heads in (1, 3, 4):
+        monkeypatch.setattr(agents, "UNITS_PER_BLOCK", {"cpu": heads * 30 * PARAMS.agent.hidden_width})
+        assert len(policy.blocks(30)) == -(-4 // heads)
+        loss = train.compute_gradients(policy, keys, values, loss_of)
+        torch.testing.assert_close(loss, whole.detach())
+        torch.testing.assert_close([parameter.grad for parameter in policy.parameters()], list(expected))
+
+
+def test_the_grid_changes_no_result_of_a_training(
+    traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ways: list[str] = []
+
+    def use(way: str, sums: Sums) -> list[float]:
+        """Held-out costs of a training whose pairs are all added up by ``sums``."""
+        other = {"grid_sums": "direct_sums", "direct_sums": "grid_sums"}[way]
+        monkeypatch.setattr(pairs, "NODES_PER_TOKEN", 1000 if way == "grid_sums" else 0)
+        monkeypatch.setattr(pairs, way, sums)
+        monkeypatch.setattr(pairs, other, None)
+        work = tmp_path / str(len(ways))
+        ways.append(way)
+        run(traces, work, "exact")
+        costs = pl.read_parquet(work / "curves.parquet").filter(pl.col("metric") == "validation_cost")
+        return costs.sort("step", "layer", "kv_head")["value"].to_list()
+
+    def in_float64(scores: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+        cost, gradient = direct_sums(scores.double(), importance.double())
+        return cost.float(), gradient.float()
+
+    grid_sums, direct_sums = pairs.grid_sums, pairs.direct_sums
+    grid, direct, unrounded = (
+        use("grid_sums", grid_sums),
+        use("direct_sums", direct_sums),
+        use("direct_sums", in_float64),
+    )
+    assert unrounded[0] > 3
+    # A cost belongs to a ranking: it changes only where two tokens swap, and rounding swaps those whose scores differ
+    # by 1e-6 or so. Neither way of adding up float32 scores is further from sums without rounding than that.
+    assert grid == pytest.approx(unrounded, rel=1e-4)
+    assert direct == pytest.approx(unrounded, rel=1e-4)
 
 
 def test_seeds_make_a_difference(traces: Path, tmp_path: Path) -> None:
