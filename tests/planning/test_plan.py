@@ -63,9 +63,9 @@ def test_samples_are_counted_per_task_and_split() -> None:
 
 def test_a_kind_without_a_function_is_planned_by_what_it_has() -> None:
     corpora = load_params(REPOSITORY / "profiles/local-data.yaml").corpora
-    assert sample_groups(corpora["longbench"]) == [SampleGroup(0, 0, 13, 1024, 32, 32, scored=False)]
+    assert sample_groups(corpora["longbench"]) == [SampleGroup(0, 0, 14, 1024, 32, 32, scored=False)]
     (short,) = sample_groups(corpora["boolq"])
-    assert (short.train, short.validation, short.test, short.new_tokens) == (0, 0, 60, 0)
+    assert (short.train, short.validation, short.test, short.new_tokens) == (0, 0, 40, 0)
     unheard_of = SimpleNamespace(kind="unheard-of", samples=SimpleNamespace(test=7))
     assert [group.test for group in sample_groups(unheard_of)] == [7]  # type: ignore[arg-type]
 
