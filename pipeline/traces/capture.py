@@ -140,7 +140,7 @@ def recorded_attention(
     for start, stop in _chunks(offset, q_len, recorder.query_chunk):
         weights = _weights(queries[:, :, start:stop], key[:, : offset + stop])
         rows = weights.to(value.dtype).flatten(1, 2)  # (kv_heads, groups * size, visible)
-        output[:, :, start:stop] = torch.bmm(rows, value[:, : offset + stop]).unflatten(1, (groups, stop - start))
+        output[:, :, start:stop] = torch.bmm(rows, value[:, : offset + stop]).view(kv_heads, groups, -1, head_dim)
         _add_up(record, weights.amax(dim=1), offset + start, block_size)
     return output.view(heads, q_len, head_dim), record.transpose(1, 2)
 
@@ -162,8 +162,8 @@ def _weights(queries: Tensor, keys: Tensor) -> Tensor:
 
     Returns (kv_heads, groups, size, visible) float32.
     """
-    groups, size = queries.shape[1:3]
-    logits = torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2)).unflatten(1, (groups, size))
+    size = queries.shape[2]
+    logits = torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2)).view(*queries.shape[:3], -1)
     hidden = torch.ones(size, size, dtype=torch.bool, device=queries.device).triu_(1)
     logits[..., -size:].masked_fill_(hidden, float("-inf"))  # only a chunk's own tokens can lie after a query
     return torch.softmax(logits, dim=-1, dtype=torch.float32)

@@ -55,7 +55,7 @@ def unpack_record(packed: Tensor, tokens: int, block_size: int) -> Tensor:
     start = 0
     for part in _stored(record, block_size):
         stop = start + part.shape[-2] * part.shape[-1]
-        part.copy_(packed[..., start:stop].unflatten(-1, part.shape[-2:]))
+        part.copy_(packed[..., start:stop].reshape(part.shape))
         start = stop
     return record
 

@@ -298,16 +298,15 @@ class TraceReader:
     def _read(self, layers: Sequence[int], sequence: int) -> tuple[Tensor, Tensor, Tensor]:
         info, shape = self.sequences[sequence], self.shape
         self._check(layers, info.shard)
-        heads = len(layers) * shape.kv_heads
-        keys, values = (torch.empty(heads, info.tokens, shape.head_dim, dtype=torch.float16) for _ in range(2))
-        packed = torch.empty(heads, _entries(info.tokens, shape.block_size), dtype=torch.float16)
-        for layer, *targets in zip(
-            layers, *(tensor.split(shape.kv_heads) for tensor in (keys, values, packed)), strict=True
-        ):
+        heads = (len(layers), shape.kv_heads)
+        keys, values = (torch.empty(*heads, info.tokens, shape.head_dim, dtype=torch.float16) for _ in range(2))
+        packed = torch.empty(*heads, _entries(info.tokens, shape.block_size), dtype=torch.float16)
+        for layer, *targets in zip(layers, keys, values, packed, strict=True):
             self._fill(layer, info, targets)
-        return keys, values, unpack_record(packed, info.tokens, shape.block_size)
+        record = unpack_record(packed.flatten(0, 1), info.tokens, shape.block_size)
+        return keys.flatten(0, 1), values.flatten(0, 1), record
 
-    def _fill(self, layer: int, info: SequenceInfo, targets: list[Tensor]) -> None:
+    def _fill(self, layer: int, info: SequenceInfo, targets: Sequence[Tensor]) -> None:
         """Read one layer of one sequence into key, value and packed record, (kv_heads, ...) each."""
         path, offsets = self._path(layer, info.shard), self._values[layer, info.shard]
         first = info.group * self.shape.kv_heads
@@ -360,7 +359,7 @@ def _value_offsets(path: Path, shape: TraceShape, tokens: Sequence[int]) -> _Off
     tokens
         Of each sequence in the file; a sequence is ``shape.kv_heads`` row groups.
     """
-    offsets = []
+    offsets: list[list[int]] = []
     metadata = pq.read_metadata(path)
     columns = {metadata.schema.column(index).path.partition(".")[0]: index for index in range(metadata.num_columns)}
     with path.open("rb", buffering=0) as stream:
@@ -369,13 +368,12 @@ def _value_offsets(path: Path, shape: TraceShape, tokens: Sequence[int]) -> _Off
             vector = 2 * length * shape.head_dim
             sizes = (vector, vector, 2 * _entries(length, shape.block_size))
             chunks = metadata.row_group(group)
-            found = [
-                plain_values(stream, chunks.column(columns[name]), size)
-                for name, size in zip(_VECTORS, sizes, strict=True)
-            ]
-            if None in found:
-                return None
-            offsets.append(found)
+            offsets.append([])
+            for name, size in zip(_VECTORS, sizes, strict=True):
+                offset = plain_values(stream, chunks.column(columns[name]), size)
+                if offset is None:
+                    return None
+                offsets[-1].append(offset)
     return offsets
 
 
@@ -385,7 +383,8 @@ def _entries(tokens: int, block_size: int) -> int:
 
 def _copy(descriptor: int, offset: int, target: Tensor) -> None:
     """Fill a contiguous tensor with the bytes of a file from ``offset`` on."""
-    wanted = memoryview(target.numpy()).cast("B") if target.numel() else memoryview(b"")
+    array: Any = target.numpy()
+    wanted = memoryview(array.reshape(-1).view(np.uint8))
     while wanted:
         count = os.preadv(descriptor, [wanted], offset)
         if not count:
