@@ -85,26 +85,77 @@ def build_hidden_states(
     if absent := sorted(set(layers) - set(full_attention_layers(model.config))):
         raise PipelineError(f"sensitivity.layers names {absent[0]}, which is no layer that sees the whole context.")
     width = model.config.hidden_size
-    files: dict[str, str] = {}
     with record_hidden_states(model, layers) as states:
 
-        def run(samples: Sequence[Sample]) -> Iterator[tuple[str, dict[int, Tensor]]]:
-            for sample in samples:
-                body: Any = model.base_model
+        def run(samples: Sequence[Sample], first: int) -> Iterator[tuple[int, str, dict[int, Tensor]]]:
+            body: Any = model.base_model
+            for index, sample in enumerate(samples, start=first):
                 body(input_ids=torch.tensor(sample.input_ids)[None].to(model.device), use_cache=False)
-                yield sample.sample_id, states
+                yield index, sample.sample_id, states
                 advance(1)
 
         for split, samples in splits.items():
-            for first in range(0, len(samples), sequences_per_shard):
+            for shard, first in enumerate(range(0, len(samples), sequences_per_shard)):
                 members = samples[first : first + sequences_per_shard]
-                paths = {layer: _path(work, split, layer, first // sequences_per_shard) for layer in layers}
-                if all(path.is_file() for path in paths.values()):
+                if all(_path(work, split, layer, shard).is_file() for layer in layers):
                     advance(len(members))
                 else:
-                    _write_shard(paths, width, first, run(members))
-                files |= {str(path.relative_to(work)): hash_file(path) for path in paths.values()}
-    write_json(work / MANIFEST, {"hidden_size": width, "files": files})
+                    write_hidden_shard(work, split, shard, layers, width, run(members, first))
+    write_hidden_manifest(work, width)
+
+
+def write_hidden_shard(
+    root: Path,
+    split: str,
+    shard: int,
+    layers: Sequence[int],
+    width: int,
+    sequences: Iterable[tuple[int, str, Mapping[int, Tensor]]],
+) -> None:
+    """Write the file of each layer, which appear when all are complete.
+
+    Parameters
+    ----------
+    sequences
+        (index within the split, sample id, layer -> (n, width) states); consumed one at a time.
+
+    Raises
+    ------
+    PipelineError
+        A state does not fit float16, or the disk is full.
+    """
+    schema = pa.schema([("sequence", pa.int32()), ("position", pa.int32()), ("hidden", pa.list_(pa.float16(), width))])
+    with ExitStack() as files:
+        temporary = {layer: files.enter_context(atomic_write(_path(root, split, layer, shard))) for layer in layers}
+        with ExitStack() as open_writers:
+            writers = {
+                layer: open_writers.enter_context(
+                    pq.ParquetWriter(
+                        path,
+                        schema,
+                        compression="none",
+                        use_dictionary=False,
+                        write_statistics=["sequence"],
+                        version="2.6",
+                    )
+                )
+                for layer, path in temporary.items()
+            }
+            for index, sample_id, states in sequences:
+                for layer, writer in writers.items():
+                    vectors = as_float16(states[layer], sample_id, layer, "hidden state")  # (n, width)
+                    columns = [
+                        pa.array(np.full(len(vectors), index, np.int32)),
+                        pa.array(np.arange(len(vectors), dtype=np.int32)),
+                        pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width),
+                    ]
+                    writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=len(vectors))
+
+
+def write_hidden_manifest(root: Path, width: int) -> None:
+    """Write manifest.json over the files that lie under ``root``."""
+    files = {str(path.relative_to(root)): hash_file(path) for path in sorted(root.glob("*/hidden=*/shard-*.parquet"))}
+    write_json(root / MANIFEST, {"hidden_size": width, "files": files})
 
 
 class HiddenReader(TraceReader):
@@ -165,33 +216,3 @@ class HiddenReader(TraceReader):
 
 def _path(root: Path, split: str, layer: int, shard: int) -> Path:
     return root / split / f"hidden={layer:02d}" / f"{shard_name(shard)}.parquet"
-
-
-def _write_shard(
-    paths: Mapping[int, Path], width: int, first: int, sequences: Iterable[tuple[str, Mapping[int, Tensor]]]
-) -> None:
-    """Write the file of each layer; ``first`` is the number of the first sequence within the split."""
-    schema = pa.schema([("sequence", pa.int32()), ("position", pa.int32()), ("hidden", pa.list_(pa.float16(), width))])
-    with ExitStack() as stack:
-        writers = {
-            layer: stack.enter_context(
-                pq.ParquetWriter(
-                    stack.enter_context(atomic_write(path)),
-                    schema,
-                    compression="none",
-                    use_dictionary=False,
-                    write_statistics=["sequence"],
-                    version="2.6",
-                )
-            )
-            for layer, path in paths.items()
-        }
-        for sequence, (sample_id, states) in enumerate(sequences, start=first):
-            for layer, writer in writers.items():
-                vectors = as_float16(states[layer], sample_id, layer, "hidden state")  # (n, width)
-                columns = [
-                    pa.array(np.full(len(vectors), sequence, np.int32)),
-                    pa.array(np.arange(len(vectors), dtype=np.int32)),
-                    pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), width),
-                ]
-                writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=len(vectors))
