@@ -124,7 +124,7 @@ def draw_axes(summary: pl.DataFrame) -> Figure:
         axes = next(unused)
         _points(axes, lengths, lengths["length"].unique().sort().to_list(), "length", joined=False)
         trained = " / ".join(f"{length:,}" for length in lengths["trained_length"].unique().sort())
-        axes.set_title(f"Length: trained at {trained}, evaluated at")
+        axes.set_title(f"Length: trained at {trained} tokens, evaluated at", fontsize=11)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     for axes in unused:
@@ -171,10 +171,9 @@ def _points(
     for place, corpus in enumerate(corpora):
         look = names.style("kvp-exact", corpus)
         rows = {row[column]: row for row in part.filter(pl.col("trained_on") == corpus).iter_rows(named=True)}
-        # Side by side, so that one corpus does not hide another.
-        x = [
-            position + 0.12 * (place - (len(corpora) - 1) / 2) for position, value in enumerate(values) if value in rows
-        ]
+        # Side by side, so that none hides another.
+        shift = 0.14 * (place - (len(corpora) - 1) / 2) + (0.06 if hollow else 0)
+        x = [position + shift for position, value in enumerate(values) if value in rows]
         found = [rows[value] for value in values if value in rows]
         mean = [row["mean"] for row in found]
         axes.errorbar(
@@ -191,4 +190,5 @@ def _points(
         )
     labels = [f"{value:,}" if isinstance(value, int) else names.corpus_title(value) for value in values]
     axes.set_xticks(range(len(values)), labels, fontsize=9)
+    axes.set_xlim(-0.5, len(values) - 0.5)
     axes.set_ylabel(COST_LABEL, fontsize=10)
