@@ -33,7 +33,7 @@ RULER_TASKS = (
 PositiveInt = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Inputs = Literal["keys", "values", "both"]
+Inputs = Literal["keys", "values", "both", "hidden"]
 
 
 def _ascending(budgets: tuple[int, ...]) -> tuple[int, ...]:
@@ -240,7 +240,8 @@ class TracesParams(_Section):
 class AgentParams(_Section):
     """Shape of one agent: an MLP from (key, value, position features) to one score.
 
-    ``inputs`` says which cached vectors it sees; the paper's agent sees both.
+    ``inputs`` says which cached vectors it sees; the paper's agent sees both. ``hidden``, the hidden state that a
+    layer computes keys and values from, is no part of a cache and for the sensitivity study only.
     """
 
     hidden_width: PositiveInt
@@ -309,12 +310,20 @@ class ReportParams(_Section):
     seed: int
 
 
+class LongerParams(_Section):
+    """Sequences of ``length`` tokens, ``samples`` for each task, that policies trained on shorter ones are tried on."""
+
+    length: PositiveInt
+    samples: PositiveInt
+
+
 class SensitivityParams(_Section):
     """Axes of the sensitivity study (``pipeline/sensitivity``).
 
     The base variant is the ``train`` section with ``base_steps`` on the heads of ``layers``; each axis changes one
     thing of it. ``training_fraction`` is of the training sequences; ``rate_factor`` multiplies the learning rate
-    of each estimator, the sorting surrogate of figure 5b included.
+    of each estimator, the sorting surrogate of figure 5b included. ``longer`` names training corpora whose policies
+    are also evaluated on longer sequences.
     """
 
     layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
@@ -325,6 +334,7 @@ class SensitivityParams(_Section):
     hidden_width: tuple[PositiveInt, ...]
     inputs: tuple[Inputs, ...]
     rate_factor: tuple[Annotated[float, Field(gt=0)], ...]
+    longer: dict[Name, LongerParams] = {}
 
     @model_validator(mode="after")
     def _distinct(self) -> "SensitivityParams":
@@ -375,6 +385,27 @@ class Params(_Section):
             if name not in self.corpora:
                 raise ValueError(f"examples.tasks names '{name}', which is not in corpora")
         return self
+
+    @model_validator(mode="after")
+    def _study_fits_the_pipeline(self) -> "Params":
+        if self.train.agent.inputs == "hidden":
+            raise ValueError(
+                "train.agent.inputs is 'hidden', but a policy ranks a cache, which holds no hidden states; "
+                "only sensitivity.inputs may name it"
+            )
+        for name, longer in self.sensitivity.longer.items():
+            corpus = self.corpora.get(name) if name in self.matrix.corpus else None
+            if not isinstance(corpus, RulerParams):
+                raise ValueError(f"sensitivity.longer names '{name}', which is no RULER corpus in matrix.corpus")
+            if longer.length <= max([corpus.length, *corpus.task_lengths.values()]):
+                raise ValueError(f"sensitivity.longer.{name}: length {longer.length} is not above that of the corpus")
+        return self
+
+    def training_length(self, corpus: str) -> int:
+        """Tokens that the sequences of a corpus in ``matrix.corpus`` are made to."""
+        found = self.corpora[corpus]
+        assert not isinstance(found, ChoiceParams)  # a corpus to train on
+        return found.length
 
     def budgets(self, corpus: str) -> tuple[int, ...]:
         """The budgets that a corpus is evaluated at, in tokens."""

@@ -11,7 +11,8 @@ from stages._app import DeviceOption, check_device, limit_threads, progress, run
 def main(
     device: DeviceOption = "cpu",
     cache_gb: Annotated[
-        float, typer.Option(envvar="KVP_CACHE_GB", min=0, help="Memory for decoded traces, per corpus and split.")
+        float,
+        typer.Option(envvar="KVP_CACHE_GB", min=0, help="Memory for decoded traces, per corpus, length and split."),
     ] = 1.0,
 ) -> None:
     """Train every variant of the sensitivity study from the stored traces."""
@@ -19,6 +20,7 @@ def main(
 
     from pipeline.params import load_params
     from pipeline.sensitivity.study import count_trainings, run_study
+    from pipeline.sensitivity.trace_sets import longer_sets, trace_sets
     from pipeline.workdir import atomic_write, work_directory
 
     check_device(device)
@@ -27,11 +29,17 @@ def main(
     limit_threads()
     frames = []
     for model in params.matrix.model:
-        traces = {corpus: Path("traces") / model / corpus for corpus in params.matrix.corpus}
-        work = work_directory(f"sensitivity-{model}", {"layers": sensitivity.layers}, list(traces.values()))
-        total = len(traces) * count_trainings(train, sensitivity)
+        extra = Path("study_traces") / model
+        trained, longer = trace_sets(params, Path("traces") / model, extra), longer_sets(params, extra)
+        upstream = [found.traces for found in (*trained, *longer.values())]
+        if "hidden" in sensitivity.inputs:
+            upstream += [found.hidden for found in (*trained, *longer.values())]
+        lengths = {found.corpus: found.length for found in trained}
+        identity = {"layers": sensitivity.layers, "lengths": lengths}
+        work = work_directory(f"sensitivity-{model}", identity, upstream)
+        total = len(trained) * count_trainings(train, sensitivity)
         with progress(f"sensitivity {model}", total) as advance:
-            frames.append(run_study(work, traces, train, sensitivity, int(cache_gb * 1e9), device, advance))
+            frames.append(run_study(work, trained, longer, train, sensitivity, int(cache_gb * 1e9), device, advance))
     with atomic_write(Path("results/sensitivity.parquet")) as temporary:
         pl.concat(frames).write_parquet(temporary)
 

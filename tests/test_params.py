@@ -173,6 +173,18 @@ MISTAKES = {
         put("examples.tasks", {"wiki": ["vt"]}),
         "examples.tasks names 'wiki', which is not in corpora",
     ),
+    "hidden states in a policy": (
+        put("train.agent.inputs", "hidden"),
+        "train.agent.inputs is 'hidden', but a policy ranks a cache",
+    ),
+    "longer sequences of a corpus that is not trained on": (
+        put("sensitivity.longer", {"dialogues": {"length": 1024, "samples": 1}}),
+        "sensitivity.longer names 'dialogues', which is no RULER corpus in matrix.corpus",
+    ),
+    "longer sequences that are not": (
+        put("sensitivity.longer.ruler.length", 512),
+        "sensitivity.longer.ruler: length 512 is not above that of the corpus",
+    ),
     "name that leaves the folder": (put("profile", "../x"), "profile: "),
 }
 

@@ -259,10 +259,13 @@ def test_push_and_pull_restore_all_and_track_fills_mlflow(run: Run, space: Path)
 def test_the_studies_run_on_demand(run: Run) -> None:
     output = call(run.directory, "dvc", "repro", "studies/dvc.yaml")
     expected = {"sensitivity", "sensitivity_report", f"latency@{MODEL}"}
+    expected |= {f"study_traces@{MODEL}-{corpus}" for corpus in run.params.matrix.corpus}
     assert stages_run(output) == {f"studies/dvc.yaml:{stage}" for stage in expected}
     assert (run.directory / f"reports/latency/{MODEL}/fig06_{MODEL}_latency.png").is_file()
     study = pl.read_parquet(run.directory / "results/sensitivity.parquet")
     assert set(study["layer"]) == set(run.params.sensitivity.layers)
+    assert {"hidden", "hidden, no position"} <= set(study["value"])
+    assert set(study.filter(pl.col("corpus") == "ruler")["length"]) == {512, 1024}
     assert (run.directory / "reports/sensitivity/index.html").is_file()
     assert stages_run(call(run.directory, "dvc", "repro", "studies/dvc.yaml")) == set()
 

@@ -24,6 +24,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "results": (),
     "report": (),
     "track": (),
+    "study_traces": RULER,
     "sensitivity": (),
     "sensitivity_report": (),
     "plan": (),
@@ -106,6 +107,7 @@ def test_an_unknown_key_is_one_sentence(name: str, directory: Path) -> None:
         ("examples", r"models/smollm2-135m does not exist; run the stage that makes it"),
         ("results", r"evaluations/smollm2-135m/ruler/evaluation\.parquet does not exist"),
         ("report", r"results/evaluation\.parquet does not exist"),
+        ("study_traces", r"samples/smollm2-135m/ruler/train\.parquet .*run the samples stage"),
         ("sensitivity", r"traces/smollm2-135m/ruler does not exist; run the stage that makes it"),
         ("sensitivity_report", r"results/sensitivity\.parquet does not exist"),
         ("track", r"policies/smollm2-135m/ruler/exact/config\.json does not exist; run the train stage"),
@@ -130,7 +132,14 @@ def test_an_unknown_name_lists_the_known(name: str, arguments: tuple[str, ...], 
 
 
 @pytest.mark.parametrize(
-    ("name", "device"), [("traces", "gpu7"), ("train", "cuda:99"), ("evaluate", "cuda:99"), ("sensitivity", "cuda:99")]
+    ("name", "device"),
+    [
+        ("traces", "gpu7"),
+        ("train", "cuda:99"),
+        ("evaluate", "cuda:99"),
+        ("study_traces", "cuda:99"),
+        ("sensitivity", "cuda:99"),
+    ],
 )
 def test_a_device_that_is_not_there_is_one_sentence(name: str, device: str, directory: Path) -> None:
     done = stage(directory, name, *ARGUMENTS[name], "--device", device)

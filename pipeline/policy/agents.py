@@ -32,7 +32,10 @@ UNITS_PER_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 28}
 
 @dataclass(frozen=True)
 class PolicyShape:
-    """What a policy's tensors are shaped by: the model's cache and the agent."""
+    """What a policy's tensors are shaped by: the model's cache and the agent.
+
+    ``head_dim`` is the width of the vectors that its agents see, that of a hidden state where they see those.
+    """
 
     layers: int
     kv_heads: int
@@ -74,7 +77,7 @@ class Policy(nn.Module):
     Notes
     -----
     Inputs are normalised per head and channel with ``mean`` and ``std`` (2 * head_dim values: key, then
-    value; head_dim where the agent sees one of them), taken from the training traces and stored in the
+    value; head_dim where the agent sees one vector), taken from the training traces and stored in the
     checkpoint. Position features are log1p(tokens before) / 8 (``position``) and log1p(tokens after) / 8
     (``age``): defined at every length, of order 1 from the first token to 100k.
     """
@@ -106,7 +109,8 @@ class Policy(nn.Module):
         Parameters
         ----------
         keys, values
-            (heads, n, head_dim), any floating dtype; the cache holds positions 0 .. n-1.
+            (heads, n, head_dim), any floating dtype; the cache holds positions 0 .. n-1. Agents that see hidden
+            states find them in place of the keys (``pipeline/traces/hidden.py``).
         layer
             None for all heads of the model; otherwise ``heads`` are the kv_heads of this layer of the policy.
 
@@ -130,7 +134,7 @@ class Policy(nn.Module):
 
     def states(self, keys: Tensor, values: Tensor, out: Tensor | None = None) -> Tensor:
         """The part of the cache that the agents see: (heads, n, head_dim) twice -> (heads, n, channels)."""
-        seen = {"keys": [keys], "values": [values], "both": [keys, values]}
+        seen = {"keys": [keys], "values": [values], "both": [keys, values], "hidden": [keys]}
         return torch.cat(seen[self.shape.agent.inputs], dim=-1, out=out)
 
     @torch.no_grad()
@@ -181,7 +185,9 @@ def save_policy(directory: Path, policy: Policy, config: dict[str, Any]) -> None
     write_json(directory / CONFIG_FILE, content)
 
 
-def load_policy(directory: Path, model: str | None = None) -> tuple[Policy, dict[str, Any]]:
+def load_policy(
+    directory: Path, model: str | None = None, hidden_states: bool = False
+) -> tuple[Policy, dict[str, Any]]:
     """Load a policy and its config.
 
     Parameters
@@ -190,11 +196,13 @@ def load_policy(directory: Path, model: str | None = None) -> tuple[Policy, dict
         What the train stage wrote.
     model
         If given, the name of the model whose cache is to be ranked.
+    hidden_states
+        Whether there are hidden states to give to the policy. A cache holds none.
 
     Raises
     ------
     PipelineError
-        A file is missing, damaged (checksum), or the policy was trained for another model.
+        A file is missing, damaged (checksum), or the policy was trained for another model or needs hidden states.
     """
     try:
         config = json.loads((directory / CONFIG_FILE).read_text())
@@ -212,6 +220,11 @@ def load_policy(directory: Path, model: str | None = None) -> tuple[Policy, dict
         )
     if model is not None and trained_for != model:
         raise PipelineError(f"{directory} was trained for {trained_for}, not for {model}; train a policy for {model}.")
+    if agent.inputs == "hidden" and not hidden_states:
+        raise PipelineError(
+            f"{directory} ranks tokens by hidden states, which a cache does not hold; train a policy that sees "
+            "keys or values (train.agent.inputs)."
+        )
     policy = Policy(shape)
     try:
         policy.load_state_dict(load(payload))

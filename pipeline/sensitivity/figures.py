@@ -1,4 +1,4 @@
-"""Figure 5b and the figure of the axes, from the tables of ``tables.py``."""
+"""Figure 5b, the figure of the axes and that of the lengths, from the tables of ``tables.py``."""
 
 from collections.abc import Sequence
 
@@ -9,15 +9,18 @@ from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 
 from pipeline.reporting import names
 from pipeline.reporting.figures import Drawing
-from pipeline.sensitivity.variants import BASE
+from pipeline.sensitivity.tables import NOT_LONGER, OWN, SAME_CORPUS
+from pipeline.sensitivity.variants import BASE, NO_POSITION
 
 # Axis of the study -> title of its panel; the numeric ones double from value to value.
 AXES = {
     "training_fraction": "Share of the training sequences",
     "steps": "Training steps",
     "hidden_width": "Hidden width of the agents",
-    "inputs": "What the agents see",
+    "inputs": "What the agents see (hollow: no position)",
 }
+# Value of the axis of inputs -> words for it.
+INPUTS = {"keys": "keys", "values": "values", "both": "keys and values", "hidden": "hidden states"}
 NUMERIC = ("training_fraction", "steps", "hidden_width")
 # Okabe and Ito's, as in reporting/names.py.
 ESTIMATORS = {"exact": ("exact", "#0072B2"), "rloo": ("rloo", "#D55E00"), "softrank": ("soft rank", "#009E73")}
@@ -47,10 +50,23 @@ def drawings(summary: pl.DataFrame, curves: pl.DataFrame, confidence: float) -> 
                 "",
                 f"What the held-out cost depends on, {model}",
                 f"Normalised cost at the end of training: {bands}. Colours say what the policy was trained on; but "
-                "for the last panel it is evaluated on the same. Every panel changes one thing of the base variant.",
+                "for the last panels it is evaluated on the same. Every panel changes one thing of the base variant.",
                 lambda ends=ends: draw_axes(ends),  # type: ignore[misc]
             ),
         ]
+        far = ends.filter(SAME_CORPUS, ~OWN)
+        if not far.is_empty():
+            found.append(
+                Drawing(
+                    f"sensitivity_{model}_lengths.png",
+                    "",
+                    f"Transfer to longer sequences by what the agents see, {model}",
+                    f"Normalised cost at the end of training: {bands}. Left: on validation sequences as long as those "
+                    "of the training; right: the same policies on longer ones of the same tasks. Costs of the two "
+                    "panels are divided by different best orders: compare within a panel.",
+                    lambda ends=ends: draw_lengths(ends),  # type: ignore[misc]
+                )
+            )
     return found
 
 
@@ -84,37 +100,80 @@ def draw_estimators(curves: pl.DataFrame) -> Figure:
 
 
 def draw_axes(summary: pl.DataFrame) -> Figure:
-    """Final cost against each axis of the study, and of the base variant on the other corpora."""
-    shown = [axis for axis in AXES if axis in summary["axis"]]
-    own = summary.filter(pl.col("trained_on") == pl.col("corpus"))
+    """Final cost against each axis of the study, and of the base variant on other corpora and longer sequences."""
+    own = summary.filter(OWN)
+    shown = [axis for axis in AXES if axis in own["axis"]]
+    base = summary.filter(pl.col("axis") == BASE[0], pl.col("value") == BASE[1])
+    lengths = _with_longer(base)
     columns = 3
-    rows = -(-(len(shown) + 1) // columns)
+    rows = -(-(len(shown) + 1 + (not lengths.is_empty())) // columns)
     figure = Figure(figsize=(4.6 * columns, 3.6 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes, axis in zip(panels, shown, strict=False):
-        part = own.filter(pl.col("axis") == axis)
-        _points(axes, part, part["value"].unique(maintain_order=True).to_list(), "value", joined=axis in NUMERIC)
+    unused = iter(panels)
+    for axis in shown:
+        axes, part = next(unused), own.filter(pl.col("axis") == axis)
+        if axis == "inputs":
+            _inputs(axes, part)
+        else:
+            _points(axes, part, part["value"].unique(maintain_order=True).to_list(), "value", joined=axis in NUMERIC)
         axes.set_title(AXES[axis])
-    transfer = panels[len(shown)]
-    base = summary.filter(pl.col("axis") == BASE[0], pl.col("value") == BASE[1])
-    _points(transfer, base, base["corpus"].unique(maintain_order=True).to_list(), "corpus", joined=False)
-    transfer.set_title("Evaluated on")
+    axes, part = next(unused), base.filter(NOT_LONGER)
+    _points(axes, part, part["corpus"].unique(maintain_order=True).to_list(), "corpus", joined=False)
+    axes.set_title("Evaluated on")
+    if not lengths.is_empty():
+        axes = next(unused)
+        _points(axes, lengths, lengths["length"].unique().sort().to_list(), "length", joined=False)
+        trained = " / ".join(f"{length:,}" for length in lengths["trained_length"].unique().sort())
+        axes.set_title(f"Length: trained at {trained} tokens, evaluated at", fontsize=11)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    for unused in panels[len(shown) + 1 :]:
-        unused.set_visible(False)
+    for axes in unused:
+        axes.set_visible(False)
     return figure
 
 
-def _points(axes: Axes, part: pl.DataFrame, values: Sequence[str], column: str, joined: bool) -> None:
+def draw_lengths(summary: pl.DataFrame) -> Figure:
+    """Final cost by inputs, one row for each corpus with longer sequences and one column for each length."""
+    part = _with_longer(summary.filter(pl.col("axis") == "inputs"))
+    corpora = part["corpus"].unique(maintain_order=True).to_list()
+    figure = Figure(figsize=(11, 3.9 * len(corpora)), layout="constrained")
+    for row, corpus in zip(figure.subplots(len(corpora), 2, squeeze=False), corpora, strict=True):
+        of_corpus = part.filter(pl.col("corpus") == corpus)
+        for axes, length in zip(row, of_corpus["length"].unique().sort().to_list(), strict=True):
+            _inputs(axes, of_corpus.filter(pl.col("length") == length))
+            trained = of_corpus["trained_length"][0]
+            axes.set_title(
+                f"{names.corpus_title(corpus)}: trained at {trained:,} tokens, evaluated at {length:,}", fontsize=11
+            )
+            axes.legend(fontsize=9)
+    return figure
+
+
+def _with_longer(summary: pl.DataFrame) -> pl.DataFrame:
+    """The rows about the corpus trained on, at both lengths, of the trainings that have longer sequences."""
+    return summary.filter(SAME_CORPUS).filter((~OWN).any().over("trained_on"))
+
+
+def _inputs(axes: Axes, part: pl.DataFrame) -> None:
+    """The axis of inputs: a place for each, a filled mark with position features and a hollow one without."""
+    part = part.with_columns(hollow=pl.col("value").str.ends_with(NO_POSITION))
+    part = part.with_columns(pl.col("value").str.strip_suffix(NO_POSITION))
+    places = part["value"].unique(maintain_order=True).to_list()
+    for hollow in (False, True):
+        _points(axes, part.filter(pl.col("hollow") == hollow), places, "value", joined=False, hollow=hollow)
+    axes.set_xticks(range(len(places)), ["\n".join(INPUTS[place].rsplit(" ", 1)) for place in places], fontsize=9)
+
+
+def _points(
+    axes: Axes, part: pl.DataFrame, values: Sequence[str | int], column: str, joined: bool, hollow: bool = False
+) -> None:
     corpora = part["trained_on"].unique(maintain_order=True).to_list()
     for place, corpus in enumerate(corpora):
         look = names.style("kvp-exact", corpus)
         rows = {row[column]: row for row in part.filter(pl.col("trained_on") == corpus).iter_rows(named=True)}
-        # Side by side, so that one corpus does not hide another.
-        x = [
-            position + 0.12 * (place - (len(corpora) - 1) / 2) for position, value in enumerate(values) if value in rows
-        ]
+        # Side by side, so that none hides another.
+        shift = 0.14 * (place - (len(corpora) - 1) / 2) + (0.06 if hollow else 0)
+        x = [position + shift for position, value in enumerate(values) if value in rows]
         found = [rows[value] for value in values if value in rows]
         mean = [row["mean"] for row in found]
         axes.errorbar(
@@ -126,8 +185,10 @@ def _points(axes: Axes, part: pl.DataFrame, values: Sequence[str], column: str, 
             markersize=5,
             linestyle="-" if joined else "none",
             capsize=3,
-            label=f"trained on {names.corpus_title(corpus)}",
+            markerfacecolor="white" if hollow else look.colour,
+            label=f"trained on {names.corpus_title(corpus)}" + (NO_POSITION if hollow else ""),
         )
-    labels = [names.corpus_title(value).replace(", ", "\n") for value in values]
+    labels = [f"{value:,}" if isinstance(value, int) else names.corpus_title(value) for value in values]
     axes.set_xticks(range(len(values)), labels, fontsize=9)
+    axes.set_xlim(-0.5, len(values) - 0.5)
     axes.set_ylabel(COST_LABEL, fontsize=10)

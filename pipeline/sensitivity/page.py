@@ -11,13 +11,15 @@ from pipeline.params import Params
 from pipeline.reporting import findings, names, page
 from pipeline.reporting.figures import Drawing
 from pipeline.reporting.page import Cell, Row, Table
-from pipeline.sensitivity.figures import ESTIMATORS
+from pipeline.sensitivity.figures import ESTIMATORS, INPUTS
+from pipeline.sensitivity.tables import NOT_LONGER, OWN, SAME_CORPUS
 from pipeline.sensitivity.variants import BASE
 
 TITLE = "Learned KV-cache eviction: what the held-out cost depends on"
 INTRODUCTION = (
     "Small trainings that each change one thing: how many sequences a policy learns from, how long, how wide its "
-    "agents are, what they see, and which loss they follow. The base variant is a shortened training of the main "
+    "agents are, what they see, and which loss they follow; and the policies on another corpus and on longer sequences "
+    "than they were trained on. The base variant is a shortened training of the main "
     "report's policy with the exact policy gradient, on some of its layers. The sorting surrogate is the one that the "
     "paper compares with: soft ranks of Blondel et al. (arXiv 2002.08871), regressed onto the ranks by importance."
 )
@@ -54,13 +56,24 @@ def render(params: Params, summary: pl.DataFrame, drawn: Sequence[tuple[Drawing,
             }
             for drawing, path in drawn
         ],
-        tables=[*_axis_tables(summary), *_transfer_tables(summary)],
+        tables=[*_axis_tables(summary), *_transfer_tables(summary), *_length_tables(summary)],
     )
 
 
+def _words(axis: str, value: str) -> str:
+    if axis == "inputs":
+        inputs, comma, rest = value.partition(",")
+        value = INPUTS[inputs] + comma + rest
+    return WORDS[axis].format(value)
+
+
 def _findings(summary: pl.DataFrame) -> list[str]:
+    return [*_loss_findings(summary), *_input_findings(summary)]
+
+
+def _loss_findings(summary: pl.DataFrame) -> list[str]:
     sentences = []
-    losses = summary.filter(pl.col("axis") == BASE[0], pl.col("trained_on") == pl.col("corpus"))
+    losses = summary.filter(pl.col("axis") == BASE[0], OWN)
     for (model, corpus), part in losses.group_by("model", "corpus", maintain_order=True):
         rows = {row["value"]: row for row in part.iter_rows(named=True)}
         same = ", ".join(
@@ -78,6 +91,22 @@ def _findings(summary: pl.DataFrame) -> list[str]:
     return sentences
 
 
+def _input_findings(summary: pl.DataFrame) -> list[str]:
+    """A sentence for each corpus and length on which agents with several inputs were evaluated."""
+    sentences = []
+    inputs = summary.filter(pl.col("axis") == "inputs", SAME_CORPUS)
+    for (model, corpus, trained, length), part in inputs.group_by(
+        "model", "corpus", "trained_length", "length", maintain_order=True
+    ):
+        costs = ", ".join(
+            f"{_words('inputs', row['value']).removeprefix('inputs: ')} {row['mean']:.3f}"
+            for row in part.sort("mean", maintain_order=True).iter_rows(named=True)
+        )
+        where = f"trained at {trained:,} tokens and evaluated at {length:,}" if trained != length else "cost"
+        sentences.append(f"{names.corpus_title(str(corpus))}, {model}, {where}, by inputs from the least: {costs}.")
+    return sentences
+
+
 def _difference(row: dict[str, float]) -> str:
     return f"{row['difference']:+.3f}, interval {row['difference_low']:+.3f} to {row['difference_high']:+.3f}"
 
@@ -91,6 +120,12 @@ def _setup(params: Params) -> Table:
         "seeds": str(study.seeds),
         "base variant": f"exact gradient, {study.base_steps:,} steps, learning rate {train.learning_rate:g}, width "
         f"{train.agent.hidden_width}, position features: {', '.join(train.agent.position_features) or 'none'}",
+        "longer validation sequences": "; ".join(
+            f"{names.corpus_title(corpus)}: {longer.length:,} tokens, {longer.samples} of each task, for the policies "
+            f"trained at {params.training_length(corpus):,}"
+            for corpus, longer in study.longer.items()
+        )
+        or "none",
         "learning rates of the estimators (our choice)": ", ".join(
             f"{factor * train.learning_rate:g}" for factor in study.rate_factor
         ),
@@ -104,14 +139,14 @@ def _setup(params: Params) -> Table:
 
 def _axis_tables(summary: pl.DataFrame) -> list[Table]:
     found = []
-    own = summary.filter(pl.col("trained_on") == pl.col("corpus"))
+    own = summary.filter(OWN)
     for (model, corpus), part in own.group_by("model", "corpus", maintain_order=True):
         rows = []
         for row in part.iter_rows(named=True):
             rows.append(
                 Row(
                     [
-                        Cell(WORDS[row["axis"]].format(row["value"])),
+                        Cell(_words(row["axis"], row["value"])),
                         Cell(f"{row['mean']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"),
                         _difference_cell(row),
                     ],
@@ -141,7 +176,7 @@ def _difference_cell(row: dict[str, float]) -> Cell:
 
 def _transfer_tables(summary: pl.DataFrame) -> list[Table]:
     found = []
-    base = summary.filter(pl.col("axis") == BASE[0], pl.col("value") == BASE[1])
+    base = summary.filter(pl.col("axis") == BASE[0], pl.col("value") == BASE[1], NOT_LONGER)
     for (model,), part in base.group_by("model", maintain_order=True):
         corpora = part["corpus"].unique(maintain_order=True).to_list()
         rows = []
@@ -157,6 +192,38 @@ def _transfer_tables(summary: pl.DataFrame) -> list[Table]:
                 f"Transfer between corpora: normalised cost of the base variant ({model})",
                 ["", *(f"evaluated on {names.corpus_title(corpus)}" for corpus in corpora)],
                 rows,
+            )
+        )
+    return found
+
+
+def _length_tables(summary: pl.DataFrame) -> list[Table]:
+    found = []
+    longer = summary.filter(SAME_CORPUS, ~OWN, pl.col("axis") == "inputs")
+    own = summary.filter(OWN).select(
+        "model", "corpus", "axis", "value", short="mean", short_low="low", short_high="high"
+    )
+    both = longer.join(own, on=["model", "corpus", "axis", "value"], maintain_order="left")
+    for (model, corpus, trained, length), part in both.group_by(
+        "model", "corpus", "trained_length", "length", maintain_order=True
+    ):
+        rows = [
+            Row(
+                [
+                    Cell(_words("inputs", row["value"])),
+                    Cell(f"{row['short']:.3f}", f"{row['short_low']:.3f} to {row['short_high']:.3f}"),
+                    Cell(f"{row['mean']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"),
+                    _difference_cell(row),
+                ]
+            )
+            for row in part.iter_rows(named=True)
+        ]
+        found.append(
+            Table(
+                f"Transfer between lengths: {names.corpus_title(str(corpus))}, trained at {trained:,} tokens ({model})",
+                ["variant", f"cost at {trained:,}", f"cost at {length:,}", f"minus base variant, at {length:,}"],
+                rows,
+                "Costs of different lengths are divided by different best orders: compare variants within a column.",
             )
         )
     return found

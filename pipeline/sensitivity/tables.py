@@ -10,7 +10,12 @@ from scipy.stats import t
 
 from pipeline.sensitivity.variants import BASE
 
-VARIANT = ["model", "trained_on", "corpus", "axis", "value"]
+VARIANT = ["model", "trained_on", "trained_length", "corpus", "length", "axis", "value"]
+# Rows about the corpus and the length that were trained on; about this corpus, at every length; about every corpus,
+# at the lengths that were trained on.
+SAME_CORPUS = pl.col("trained_on") == pl.col("corpus")
+OWN = SAME_CORPUS & (pl.col("trained_length") == pl.col("length"))
+NOT_LONGER = ~SAME_CORPUS | OWN
 
 
 def summary_table(study: pl.DataFrame, confidence: float) -> pl.DataFrame:
@@ -26,15 +31,15 @@ def summary_table(study: pl.DataFrame, confidence: float) -> pl.DataFrame:
     Returns
     -------
     pl.DataFrame
-        model, trained_on, corpus, axis, value, seeds, mean, low, high, difference, difference_low,
-        difference_high; in the order of the study.
+        ``VARIANT``, seeds, mean, low, high, difference, difference_low, difference_high; in the order of the
+        study. Differences are from the base variant on the same sequences.
     """
     training = ["model", "trained_on", "axis", "value", "seed"]
     final = study.filter(pl.col("step") == pl.col("step").max().over(training))
     by_seed = final.group_by(*VARIANT, "seed", maintain_order=True).agg(pl.col("cost").cast(pl.Float64).mean())
     axis, value = BASE
     base = by_seed.filter(pl.col("axis") == axis, pl.col("value") == value)
-    pair = ["model", "trained_on", "corpus", "seed"]
+    pair = ["model", "trained_on", "corpus", "length", "seed"]
     paired = by_seed.join(base.select(*pair, base="cost"), on=pair, maintain_order="left")
     return _intervals(
         paired.with_columns(difference=pl.col("cost") - pl.col("base")),
@@ -45,14 +50,14 @@ def summary_table(study: pl.DataFrame, confidence: float) -> pl.DataFrame:
 
 
 def curve_table(study: pl.DataFrame, confidence: float) -> pl.DataFrame:
-    """Cost during training of each estimator, on the corpus it is trained on (figure 5b).
+    """Cost during training of each estimator, on the corpus and length it is trained on (figure 5b).
 
     Returns
     -------
     pl.DataFrame
-        model, trained_on, corpus, axis, value, step, seeds, mean, low, high.
+        ``VARIANT``, step, seeds, mean, low, high.
     """
-    own = study.filter(pl.col("axis") == BASE[0], pl.col("trained_on") == pl.col("corpus"))
+    own = study.filter(pl.col("axis") == BASE[0], OWN)
     by_seed = own.group_by(*VARIANT, "step", "seed", maintain_order=True).agg(pl.col("cost").cast(pl.Float64).mean())
     return _intervals(by_seed, [*VARIANT, "step"], {"cost": ("mean", "low", "high")}, confidence)
 

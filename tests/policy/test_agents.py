@@ -107,6 +107,17 @@ def test_a_policy_of_another_model_is_refused(tmp_path: Path) -> None:
         load_policy(tmp_path, "other")
 
 
+def test_a_policy_of_hidden_states_ranks_no_cache(tmp_path: Path) -> None:
+    agent = AgentParams(hidden_width=16, hidden_layers=2, position_features=("age",), inputs="hidden")
+    policy = Policy(PolicyShape(3, 2, 48, agent), torch.Generator().manual_seed(0))
+    save_policy(tmp_path, policy, {"model": "tiny"})
+    with pytest.raises(PipelineError, match="ranks tokens by hidden states, which a cache does not hold"):
+        load_policy(tmp_path, "tiny")
+    states = torch.randn(6, 20, 48)
+    loaded, _ = load_policy(tmp_path, "tiny", hidden_states=True)
+    assert torch.equal(loaded(states, states[..., :0]), policy(states, states[..., :0]))
+
+
 def test_a_missing_or_mutilated_config_is_named(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="holds no readable policy"):
         load_policy(tmp_path)

@@ -1,14 +1,22 @@
-"""Traces of two made-up corpora whose importance can be learnt, each from another channel of the keys."""
+"""Traces of two made-up corpora whose importance can be learnt, each from another channel of the keys.
 
+The hidden states hold the keys of all heads, so that it can be learnt from them too.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from pipeline.params import AgentParams, SensitivityParams, TrainParams
+from pipeline.params import AgentParams, LongerParams, SensitivityParams, TrainParams
+from pipeline.sensitivity.trace_sets import HIDDEN, LONGER_HIDDEN, LONGER_TRACES, TraceSet
 from pipeline.traces.capture import LayerTrace
+from pipeline.traces.hidden import write_hidden_manifest, write_hidden_shard
 from pipeline.traces.shards import TraceShape, write_manifest, write_shard
 
+Splits = Mapping[str, Sequence[int]]
 LAYERS, KV_HEADS = 4, 2
 TRAIN = TrainParams(
     agent=AgentParams(hidden_width=16, hidden_layers=2, position_features=("position",)),
@@ -31,14 +39,17 @@ STUDY = SensitivityParams(
     training_fraction=(0.5, 1.0),
     steps=(30, 60),
     hidden_width=(4, 16),
-    inputs=("keys", "values", "both"),
+    inputs=("keys", "values", "both", "hidden"),
     rate_factor=(10.0, 1.0),
+    longer={"ruler": LongerParams(length=1024, samples=1)},
 )
+SHORT, LONG = {"train": range(40, 46), "validation": (50, 50, 50)}, {"validation": (120, 140)}
 
 
-def write_traces(root: Path, model: str, corpus: str, channel: int) -> None:
+def write_traces(root: Path, hidden: Path, model: str, corpus: str, channel: int, splits: Splits) -> None:
+    """Traces of all layers and hidden states of the study's; splits: split -> tokens of each sequence."""
     shape = TraceShape(model, corpus, LAYERS, KV_HEADS, head_dim=4, block_size=8)
-    generator = torch.Generator().manual_seed(channel)
+    generator = torch.Generator().manual_seed(channel + len(splits))
 
     def sequence(tokens: int) -> list[LayerTrace]:
         layers = []
@@ -48,15 +59,40 @@ def write_traces(root: Path, model: str, corpus: str, channel: int) -> None:
             layers.append(LayerTrace(keys, values, record))
         return layers
 
-    write_shard(root, "train", 0, shape, [(index, f"t{index}", sequence(40 + index)) for index in range(6)])
-    write_shard(root, "validation", 0, shape, [(index, f"v{index}", sequence(50)) for index in range(3)])
-    write_manifest(root, shape, {"train": 1, "validation": 1})
+    for split, lengths in splits.items():
+        found = [(index, f"{split[0]}{index}", sequence(tokens)) for index, tokens in enumerate(lengths)]
+        write_shard(root, split, 0, shape, found)
+        states = [
+            (index, name, {layer: traces[layer].keys.transpose(0, 1).flatten(1) for layer in STUDY.layers})
+            for index, name, traces in found
+        ]
+        write_hidden_shard(hidden, split, 0, STUDY.layers, KV_HEADS * 4, states)
+    write_manifest(root, shape, dict.fromkeys(splits, 1))
+    write_hidden_manifest(hidden, KV_HEADS * 4)
+
+
+def write_all(traces: Path, extra: Path, model: str) -> None:
+    """What the stages traces and study_traces would leave, of both corpora."""
+    for channel, corpus in enumerate(("ruler", "dialogues")):
+        write_traces(traces / corpus, extra / corpus / HIDDEN, model, corpus, channel, SHORT)
+    write_traces(extra / "ruler" / LONGER_TRACES, extra / "ruler" / LONGER_HIDDEN, model, "ruler", 0, LONG)
+
+
+@dataclass(frozen=True)
+class Sets:
+    """What the study reads."""
+
+    trained: dict[str, TraceSet]
+    longer: dict[str, TraceSet]
 
 
 @pytest.fixture(scope="session")
-def traces(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """corpus -> traces."""
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Sets:
     root = tmp_path_factory.mktemp("traces")
-    for channel, corpus in enumerate(("ruler", "dialogues")):
-        write_traces(root / corpus, "tiny", corpus, channel)
-    return {corpus: root / corpus for corpus in ("ruler", "dialogues")}
+    write_all(root / "traces", root / "extra", "tiny")
+    trained = {
+        corpus: TraceSet(corpus, 512, root / "traces" / corpus, root / "extra" / corpus / HIDDEN)
+        for corpus in ("ruler", "dialogues")
+    }
+    extra = root / "extra/ruler"
+    return Sets(trained, {"ruler": TraceSet("ruler", 1024, extra / LONGER_TRACES, extra / LONGER_HIDDEN)})

@@ -8,7 +8,7 @@ import pytest
 from scipy.stats import ttest_1samp, ttest_rel
 
 from pipeline.sensitivity.study import STUDY_COLUMNS
-from pipeline.sensitivity.tables import curve_table, summary_table
+from pipeline.sensitivity.tables import NOT_LONGER, OWN, SAME_CORPUS, curve_table, summary_table
 
 # Cost of the two heads for each seed.
 EXACT = [(2.0, 2.2), (2.1, 2.5), (1.9, 2.0)]
@@ -20,16 +20,17 @@ def make_study() -> pl.DataFrame:
     for value, costs in (("exact", EXACT), ("rloo", RLOO)):
         for seed, heads in enumerate(costs):
             for kv_head, cost in enumerate(heads):
-                one = ("estimator", value, seed, "tiny", "ruler")
-                rows.append((*one, "ruler", 1, 0, kv_head, cost + 3))
-                rows.append((*one, "ruler", 60, 0, kv_head, cost))
-                rows.append((*one, "dialogues", 60, 0, kv_head, cost + 1))
+                one = ("estimator", value, seed, "tiny", "ruler", 512)
+                rows.append((*one, "ruler", 512, 1, 0, kv_head, cost + 3))
+                rows.append((*one, "ruler", 512, 60, 0, kv_head, cost))
+                rows.append((*one, "dialogues", 512, 60, 0, kv_head, cost + 1))
+                rows.append((*one, "ruler", 1024, 60, 0, kv_head, 2 * cost))
     return pl.DataFrame(rows, schema=list(STUDY_COLUMNS), orient="row")
 
 
 def test_the_summary_is_the_t_interval_over_seeds_of_the_mean_over_heads() -> None:
     summary = summary_table(make_study(), 0.9)
-    row = summary.row(by_predicate=(pl.col("value") == "rloo") & (pl.col("corpus") == "ruler"), named=True)
+    row = summary.filter(value="rloo", corpus="ruler", length=512).row(0, named=True)
     exact, rloo = ([statistics.fmean(heads) for heads in costs] for costs in (EXACT, RLOO))
     assert row["seeds"] == 3
     assert row["mean"] == pytest.approx(statistics.fmean(rloo))
@@ -39,14 +40,29 @@ def test_the_summary_is_the_t_interval_over_seeds_of_the_mean_over_heads() -> No
     assert (row["difference_low"], row["difference_high"]) == pytest.approx(interval)
 
 
-def test_the_base_does_not_differ_from_itself_and_transfer_is_separate() -> None:
+def test_the_base_does_not_differ_from_itself_and_each_transfer_is_separate() -> None:
     summary = summary_table(make_study(), 0.95)
-    assert summary.height == 4
+    assert summary.height == 6
     for row in summary.filter(value="exact").iter_rows(named=True):
         assert row["difference"] == row["difference_low"] == row["difference_high"] == 0
-    own, other = (summary.filter(value="rloo", corpus=corpus).row(0, named=True) for corpus in ("ruler", "dialogues"))
+    own, other, longer = (
+        summary.filter(value="rloo", corpus=corpus, length=length).row(0, named=True)
+        for corpus, length in (("ruler", 512), ("dialogues", 512), ("ruler", 1024))
+    )
     assert other["mean"] == pytest.approx(own["mean"] + 1)
     assert other["difference"] == pytest.approx(own["difference"])
+    assert longer["difference"] == pytest.approx(2 * own["difference"])  # from the base on the longer sequences
+
+
+def test_rows_are_told_apart_by_corpus_and_length() -> None:
+    summary = (
+        summary_table(make_study(), 0.95)
+        .filter(value="exact")
+        .select("corpus", "length", "trained_on", "trained_length")
+    )
+    assert summary.filter(OWN).select("corpus", "length").rows() == [("ruler", 512)]
+    assert set(summary.filter(SAME_CORPUS)["length"]) == {512, 1024}
+    assert set(summary.filter(NOT_LONGER).select("corpus", "length").rows()) == {("ruler", 512), ("dialogues", 512)}
 
 
 def test_curves_have_every_step_of_the_own_corpus() -> None:

@@ -41,6 +41,8 @@ def test_every_variant_changes_one_thing() -> None:
         ("inputs", "keys, no position"): {"inputs": "keys", "position_features": ()} | quiet,
         ("inputs", "values"): {"inputs": "values"} | quiet,
         ("inputs", "values, no position"): {"inputs": "values", "position_features": ()} | quiet,
+        ("inputs", "hidden"): {"inputs": "hidden"} | quiet,
+        ("inputs", "hidden, no position"): {"inputs": "hidden", "position_features": ()} | quiet,
         ("inputs", "both"): {},
         ("inputs", "both, no position"): {"position_features": ()} | quiet,
         ("estimator", "exact"): {},
@@ -59,7 +61,7 @@ def test_the_base_is_a_short_train_section_and_is_trained_once() -> None:
     shared = [name for name, training in found.items() if training == base]
     assert {axis for axis, _ in shared} == {"training_fraction", "steps", "hidden_width", "inputs", "estimator"}
     assert {training.fingerprint for training in found.values() if training != base}.isdisjoint({base.fingerprint})
-    assert len({training.fingerprint for training in found.values()}) == len(set(found.values())) == 14
+    assert len({training.fingerprint for training in found.values()}) == len(set(found.values())) == 16
 
 
 def test_a_shorter_schedule_is_the_same_curve_in_fewer_steps() -> None:
