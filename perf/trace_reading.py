@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--traces", type=Path, help="real traces of one corpus, to train on")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cache-bytes", type=int, default=0, help="0: every sequence is read from its files again")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=1, help="more of them wait for each other on a busy machine")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as directory:

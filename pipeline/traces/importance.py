@@ -44,6 +44,12 @@ def record_lengths(tokens: int, block_size: int) -> Tensor:
     return blocks - 1 - torch.arange(tokens) // block_size
 
 
+def record_entries(tokens: int, block_size: int) -> int:
+    """How many numbers all tokens of a sequence store: the sum of :func:`record_lengths`."""
+    blocks = -(-tokens // block_size)
+    return block_size * blocks * (blocks - 1) // 2  # a last block that is not full stores nothing
+
+
 def pack_record(record: Tensor, block_size: int) -> Tensor:
     """Keep the stored part of a record: (..., tokens, blocks) -> (..., entries), token-major."""
     return torch.cat([part.flatten(-2) for part in _stored(record, block_size)], dim=-1)

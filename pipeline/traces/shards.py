@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pipeline.errors import PipelineError
 from pipeline.traces.capture import LayerTrace
-from pipeline.traces.importance import pack_record, record_lengths, unpack_record
+from pipeline.traces.importance import pack_record, record_entries, record_lengths, unpack_record
 from pipeline.traces.pages import plain_values
 from pipeline.workdir import disk_errors, hash_file, write_json
 
@@ -301,7 +301,7 @@ class TraceReader:
         self._check(layers, info.shard)
         heads = (len(layers), shape.kv_heads)
         keys, values = (torch.empty(*heads, info.tokens, shape.head_dim, dtype=torch.float16) for _ in range(2))
-        packed = torch.empty(*heads, _entries(info.tokens, shape.block_size), dtype=torch.float16)
+        packed = torch.empty(*heads, record_entries(info.tokens, shape.block_size), dtype=torch.float16)
         for layer, *targets in zip(layers, keys, values, packed, strict=True):
             self._fill(layer, info, targets)
         record = unpack_record(packed.flatten(0, 1), info.tokens, shape.block_size)
@@ -367,7 +367,7 @@ def _value_offsets(path: Path, shape: TraceShape, tokens: Sequence[int]) -> _Off
         for group in range(metadata.num_row_groups):
             length = tokens[group // shape.kv_heads]
             vector = 2 * length * shape.head_dim
-            sizes = (vector, vector, 2 * _entries(length, shape.block_size))
+            sizes = (vector, vector, 2 * record_entries(length, shape.block_size))
             chunks = metadata.row_group(group)
             offsets.append([])
             for name, size in zip(_VECTORS, sizes, strict=True):
@@ -376,10 +376,6 @@ def _value_offsets(path: Path, shape: TraceShape, tokens: Sequence[int]) -> _Off
                     return None
                 offsets[-1].append(offset)
     return offsets
-
-
-def _entries(tokens: int, block_size: int) -> int:
-    return int(record_lengths(tokens, block_size).sum())
 
 
 def _copy(descriptor: int, offset: int, target: Tensor) -> None:

@@ -6,7 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.policy.ranking import optimal_total_cost, rank, total_cost
-from pipeline.traces.importance import future_importance, pack_record, record_lengths, unpack_record
+from pipeline.traces.importance import (
+    future_importance,
+    pack_record,
+    record_entries,
+    record_lengths,
+    unpack_record,
+)
 
 
 def causal_attention(n: int, seed: int, kv_heads: int = 2, groups: int = 3) -> torch.Tensor:
@@ -45,7 +51,7 @@ def test_importance_and_reward_equal_those_of_the_full_attention(n: int, block: 
 def test_packing_keeps_what_any_importance_needs(tokens: int, block: int) -> None:
     record = torch.rand(2, tokens, -(-tokens // block)) + 1
     packed = pack_record(record, block)
-    assert packed.shape[-1] == record_lengths(tokens, block).sum()
+    assert packed.shape[-1] == record_lengths(tokens, block).sum() == record_entries(tokens, block)
     unpacked = unpack_record(packed, tokens, block)
     for cache_size in range(block, tokens, block):
         torch.testing.assert_close(
