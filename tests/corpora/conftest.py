@@ -47,8 +47,16 @@ def without_bos(tmp_path: Path, smollm2: Path) -> Path:
     return _with_template(smollm2, tmp_path / "without_bos", "$A")
 
 
-def _with_template(model: Path, out: Path, single: str) -> Path:
+@pytest.fixture
+def base_model(tmp_path: Path, smollm2: Path) -> Path:
+    """The same as a base model, which has no chat template and puts ``<|im_start|>`` before any text."""
+    return _with_template(smollm2, tmp_path / "base_model", "<|im_start|> $A", chat=False)
+
+
+def _with_template(model: Path, out: Path, single: str, chat: bool = True) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(model)
+    if not chat:
+        tokenizer.chat_template = None
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=single, special_tokens=[("<|im_start|>", start)]
