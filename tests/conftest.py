@@ -1,12 +1,17 @@
-"""Small models that every test may use: random weights, built from config, no download."""
+"""Small models that every test may use: random weights, built from config; and the default model's tokenizer."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma3TextConfig,
     LlamaConfig,
     Phi3Config,
@@ -16,6 +21,11 @@ from transformers import (
     Qwen3Config,
 )
 
+from pipeline.params import Params, load_params
+from pipeline.sources import fetch
+
+REPOSITORY = Path(__file__).parents[1]
+CACHE = REPOSITORY / ".cache/sources"
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -73,3 +83,23 @@ def make_model() -> MakeModel:
         return cache[family]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def default_params() -> Params:
+    return load_params(REPOSITORY / "profiles/default.yaml")
+
+
+@pytest.fixture(scope="session")
+def smollm2(default_params: Params) -> Path:
+    """Tokenizer and configuration of the default model, without its weights."""
+    out = REPOSITORY / ".cache/tests/smollm2-tokenizer"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{out}.lock"):
+        if not out.is_dir():
+            source = fetch(default_params.models["smollm2-135m"].source, CACHE)
+            partial = out.with_name(f"{out.name}.partial")
+            for loader in (AutoTokenizer, AutoConfig):
+                loader.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(partial)
+            os.replace(partial, out)
+    return out

@@ -1,4 +1,7 @@
-"""Text to token ids, the way a chat model expects it. It knows templates, not corpora."""
+"""Text to token ids, the way a model expects it: by its chat template, or for a base model as a transcript.
+
+It knows templates, not corpora.
+"""
 
 import json
 from collections.abc import Sequence
@@ -6,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
+
+# Who speaks in the transcript of a model without a chat template.
+_SPEAKERS = {"user": "User", "assistant": "Assistant"}
 
 
 def end_of_turn(model: Path, tokenizer: Any) -> int | None:
@@ -30,8 +36,30 @@ def end_of_turn(model: Path, tokenizer: Any) -> int | None:
 
 
 def chat_prompt(tokenizer: Any, messages: Sequence[dict[str, str]]) -> str:
-    """The turns as text, up to and including the header of the next assistant turn."""
-    return _render(tokenizer, messages, True)
+    """The turns as text, up to and including the header of the next assistant turn.
+
+    Without a chat template the turns become a transcript, a paragraph each: ``User: ...``, ``Assistant: ...``.
+    """
+    if tokenizer.chat_template:
+        return _render(tokenizer, messages, True)
+    turns = "".join(f"{_SPEAKERS[message['role']]}: {message['content']}\n\n" for message in messages)
+    return f"{turns}{_SPEAKERS['assistant']}:"
+
+
+def encode_reply(
+    tokenizer: Any, messages: Sequence[dict[str, str]], reply: str, end: int | None
+) -> tuple[tuple[int, ...], int]:
+    """Token ids of a dialogue with the reply to its last turn, and how many come before the reply.
+
+    Parameters
+    ----------
+    messages
+        Alternating turns, the last a user's.
+    end
+        From :func:`end_of_turn`.
+    """
+    space = "" if tokenizer.chat_template else " "
+    return encode_pair(tokenizer, chat_prompt(tokenizer, messages), f"{space}{reply}", end)
 
 
 def encode(tokenizer: Any, text: str, templated: bool = True) -> list[int]:

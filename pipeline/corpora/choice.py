@@ -117,6 +117,26 @@ TASKS = {
 }
 
 
+def evaluated_files(task: str, source: Path) -> list[Path]:
+    """The files of the split that ``task`` evaluates, in order; arguments as in :func:`read_questions`.
+
+    Raises
+    ------
+    PipelineError
+        The directory holds no such file.
+    """
+    if source.is_file():
+        return [source]
+    starts = TASKS[task].files
+    for start in starts:
+        if found := sorted(file for file in source.glob(f"{start}*") if file.name.endswith(SUFFIXES)):
+            return found
+    raise PipelineError(
+        f"{source} holds none of {', '.join(f'{start}*' for start in starts)}; name the file of the evaluated "
+        f"split, or lay the directory out like {TASKS[task].repository}."
+    )
+
+
 def read_questions(task: str, source: Path) -> list[Question]:
     """All questions of a source, in its order.
 
@@ -134,7 +154,7 @@ def read_questions(task: str, source: Path) -> list[Question]:
     """
     definition = TASKS[task]
     questions = []
-    for file in _files(definition, source):
+    for file in evaluated_files(task, source):
         for number, row in enumerate(read_rows(file)):
             try:
                 question = definition.render(row)
@@ -221,18 +241,6 @@ def build(
         )
     progress("test")
     return {"test": samples}
-
-
-def _files(task: Task, source: Path) -> list[Path]:
-    if source.is_file():
-        return [source]
-    for start in task.files:
-        if found := sorted(file for file in source.glob(f"{start}*") if file.name.endswith(SUFFIXES)):
-            return found
-    raise PipelineError(
-        f"{source} holds none of {', '.join(f'{start}*' for start in task.files)}; name the file of the evaluated "
-        f"split, or lay the directory out like {task.repository}."
-    )
 
 
 def _draw(questions: list[Question], count: int, seed: int) -> list[int]:

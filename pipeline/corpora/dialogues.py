@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.corpora.chat import chat_prompt, encode_pair, end_of_turn
+from pipeline.corpora.chat import encode_reply, end_of_turn
 from pipeline.corpora.samples import SPLITS, Sample, Split
 from pipeline.errors import PipelineError
 from pipeline.params import DialoguesParams
@@ -153,14 +153,12 @@ def build(
     Raises
     ------
     PipelineError
-        The source is unusable, the tokenizer has no chat template, or there are too few dialogues.
+        The source is unusable, or there are too few dialogues.
     """
     from pipeline.models import load_tokenizer
 
     documents, rows = read_documents(root)
     tokenizer = load_tokenizer(model)
-    if not tokenizer.chat_template:
-        raise PipelineError(f"{model} has no chat template; dialogues need a chat model.")
     end = end_of_turn(model, tokenizer)
     dialogues = recover_dialogues(rows)
     split_of = assign_passages(documents, dialogues, params)
@@ -209,7 +207,7 @@ def _compose(
 
     def encoded(context: str) -> tuple[tuple[int, ...], int]:
         first = dialogue.turns[0] | {"content": f"{context}\n\n{dialogue.turns[0]['content']}"}
-        return encode_pair(tokenizer, chat_prompt(tokenizer, [first, *dialogue.turns[1:]]), dialogue.reply, end)
+        return encode_reply(tokenizer, [first, *dialogue.turns[1:]], dialogue.reply, end)
 
     ids, prompt_len = encoded("")
     room = params.length - len(ids)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.corpora.chat import chat_prompt, encode, encode_pair, end_of_turn
+from pipeline.corpora.chat import chat_prompt, encode, encode_reply, end_of_turn
 from pipeline.corpora.rows import read_rows, require_columns
 from pipeline.corpora.samples import SPLITS, Sample, Split
 from pipeline.errors import PipelineError
@@ -134,13 +134,11 @@ def build(
     Raises
     ------
     PipelineError
-        The source is unusable, the tokenizer has no chat template, or there are too few threads.
+        The source is unusable, or there are too few threads.
     """
     from pipeline.models import load_tokenizer
 
     tokenizer = load_tokenizer(model)
-    if not tokenizer.chat_template:
-        raise PipelineError(f"{model} has no chat template; dialogues need a chat model.")
     composer = _Composer(params, tokenizer, end_of_turn(model, tokenizer))
     threads = english_threads(read_messages(source))
     split_of = assign_trees(threads, {thread.tree for thread in threads if composer.fits(thread)}, params)
@@ -222,7 +220,7 @@ class _Composer:
 
     def _encoded(self, threads: Sequence[Thread]) -> tuple[tuple[int, ...], int]:
         turns = [turn for thread in threads for turn in thread.turns]
-        return encode_pair(self.tokenizer, chat_prompt(self.tokenizer, turns[:-1]), turns[-1]["content"], self.end)
+        return encode_reply(self.tokenizer, turns[:-1], turns[-1]["content"], self.end)
 
     def _tokens(self, turns: Sequence[Message]) -> int:
         return len(encode(self.tokenizer, chat_prompt(self.tokenizer, turns)))

@@ -129,7 +129,7 @@ class Sweep:
     policies
         trained_on, estimator -> policy, on the model's device.
     budgets
-        Tokens kept per head, ascending.
+        Tokens kept per head, ascending; none where only the uncompressed cache is of interest.
     whole_if_shorter
         Whether a context shorter than a budget stays whole there, as in benchmarks whose contexts differ
         much; otherwise it is an error.
@@ -161,7 +161,7 @@ class Sweep:
             A budget is larger than this sample's cache.
         """
         n = sample.context_len
-        if self.budgets[-1] > n and not self.whole_if_shorter:
+        if max(self.budgets, default=0) > n and not self.whole_if_shorter:
             raise PipelineError(
                 f"evaluation.budgets: {self.budgets[-1]} is larger than the cache of sample {sample.sample_id}, {n} "
                 "tokens; lower the budget or use longer samples."
@@ -212,7 +212,9 @@ class Sweep:
             )
         ids = torch.tensor(sample.input_ids)
         cache = DynamicCache()
-        collected: dict[int, dict[PolicyKey, list[Tensor]]] = {size: {} for size in (middle, n) if size}
+        collected: dict[int, dict[PolicyKey, list[Tensor]]] = {
+            size: {} for size in (middle, n) if size and self.budgets
+        }
         with self._scoring(collected, seed):
             prompt = run_captured(self.model, ids[:n], cache, block, chunk)
         # The true continuation runs against the uncompressed cache; its attention is the oracle's knowledge.
@@ -320,11 +322,17 @@ class Sweep:
             for (key, budget), value in zip(rows, nll.double().mean(-1).tolist(), strict=True)
         ]
 
-    def _choose(self, sample: Sample, prefill: Prefill, rankings: Mapping[PolicyKey, Tensor]) -> list[Outcome]:
+    def score_choices(
+        self, sample: Sample, prefill: Prefill, rankings: Mapping[PolicyKey, Tensor]
+    ) -> tuple[Tensor, list[tuple[PolicyKey, int | None]]]:
+        """Negative log-likelihood of every choice, (rows, choices) float32, and the (policy, budget) of each row."""
         last = sample.context_len - 1
         first_tokens = sample.input_ids[last : sample.prompt_len]
         cache, rows = self.evict(prefill, rankings, len(first_tokens) + max(map(len, sample.choices)) - 1)
-        nll = choice_nll(self.model, cache, first_tokens, sample.choices, last)
+        return choice_nll(self.model, cache, first_tokens, sample.choices, last), rows
+
+    def _choose(self, sample: Sample, prefill: Prefill, rankings: Mapping[PolicyKey, Tensor]) -> list[Outcome]:
+        nll, rows = self.score_choices(sample, prefill, rankings)
         return [
             Outcome(key, budget, sample.metric, choice_outcome(row, sample.answers, sample.metric, sample.gold), 1)
             for (key, budget), row in zip(rows, nll.tolist(), strict=True)

@@ -1,38 +1,14 @@
-"""The default profile's sources and tokenizer, fetched once and kept in the repository's cache."""
+"""Variations of the default model's tokenizer, and the default profile's sources, kept in the repository's cache."""
 
-import os
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoTokenizer
 
-from pipeline.params import Params, load_params
+from pipeline.params import Params
 from pipeline.sources import fetch
-
-REPOSITORY = Path(__file__).parents[2]
-CACHE = REPOSITORY / ".cache/sources"
-
-
-@pytest.fixture(scope="session")
-def default_params() -> Params:
-    return load_params(REPOSITORY / "profiles/default.yaml")
-
-
-@pytest.fixture(scope="session")
-def smollm2(default_params: Params) -> Path:
-    """Tokenizer and configuration of the default model, without its weights."""
-    out = REPOSITORY / ".cache/tests/smollm2-tokenizer"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{out}.lock"):
-        if not out.is_dir():
-            source = fetch(default_params.models["smollm2-135m"].source, CACHE)
-            partial = out.with_name(f"{out.name}.partial")
-            for loader in (AutoTokenizer, AutoConfig):
-                loader.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(partial)
-            os.replace(partial, out)
-    return out
+from tests.conftest import CACHE
 
 
 @pytest.fixture
@@ -47,8 +23,16 @@ def without_bos(tmp_path: Path, smollm2: Path) -> Path:
     return _with_template(smollm2, tmp_path / "without_bos", "$A")
 
 
-def _with_template(model: Path, out: Path, single: str) -> Path:
+@pytest.fixture
+def base_model(tmp_path: Path, smollm2: Path) -> Path:
+    """The same as a base model, which has no chat template and puts ``<|im_start|>`` before any text."""
+    return _with_template(smollm2, tmp_path / "base_model", "<|im_start|> $A", chat=False)
+
+
+def _with_template(model: Path, out: Path, single: str, chat: bool = True) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(model)
+    if not chat:
+        tokenizer.chat_template = None
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=single, special_tokens=[("<|im_start|>", start)]

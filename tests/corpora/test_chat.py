@@ -1,4 +1,4 @@
-"""Places of characters among tokens."""
+"""Turns as text, and places of characters among tokens."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.corpora.chat import encode, first_token_after
+from pipeline.corpora.chat import chat_prompt, encode, encode_reply, end_of_turn, first_token_after
 from pipeline.models import load_tokenizer
 
 
@@ -29,3 +29,30 @@ def test_tokens_before_the_place_hold_the_text_before_it(smollm2: Path) -> None:
         token = first_token_after(tokenizer, text, place)
         assert len(tokenizer.decode(ids[:token])) <= place
         assert len(tokenizer.decode(ids[: token + 1])) > place or token == len(ids)
+
+
+TURNS = [
+    {"role": "user", "content": "Rain?\nToday?"},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "And snow?"},
+]
+
+
+def test_a_base_model_reads_a_transcript(base_model: Path) -> None:
+    tokenizer = load_tokenizer(base_model)
+    text = "User: Rain?\nToday?\n\nAssistant: Yes.\n\nUser: And snow?\n\nAssistant:"
+    assert chat_prompt(tokenizer, TURNS) == text
+    assert end_of_turn(base_model, tokenizer) is None
+    ids, prompt_len = encode_reply(tokenizer, TURNS, "No.", None)
+    assert list(ids) == tokenizer(f"{text} No.").input_ids
+    assert tokenizer.decode(ids[:prompt_len]) == f"<|im_start|>{text}"
+
+
+def test_a_chat_model_reads_its_template(smollm2: Path) -> None:
+    tokenizer = load_tokenizer(smollm2)
+    prompt = chat_prompt(tokenizer, TURNS)
+    assert prompt == tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True)
+    end = end_of_turn(smollm2, tokenizer)
+    ids, prompt_len = encode_reply(tokenizer, TURNS, "No.", end)
+    assert tokenizer.decode(ids[:prompt_len]) == prompt
+    assert tokenizer.decode(ids[prompt_len:]) == "No.<|im_end|>"

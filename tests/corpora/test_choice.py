@@ -1,6 +1,5 @@
 """Multiple choice against strings that lm-eval 0.4.13 rendered, and token ids against its way of cutting."""
 
-import dataclasses
 import json
 from collections import Counter
 from pathlib import Path
@@ -8,14 +7,11 @@ from typing import Any
 
 import polars as pl
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pipeline.corpora.choice import TASKS, Question, build, read_questions
 from pipeline.errors import PipelineError
-from pipeline.evaluation.sweep import FULL, Sweep
 from pipeline.models import load_tokenizer
-from pipeline.params import ChoiceParams, EvaluationParams, SourceParams, TracesParams
+from pipeline.params import ChoiceParams, SourceParams
 
 # task -> rows with the hub's columns.
 HUB_ROWS: dict[str, list[dict[str, Any]]] = {
@@ -70,7 +66,8 @@ HUB_ROWS: dict[str, list[dict[str, Any]]] = {
         },
     ],
 }
-# task -> what lm-eval 0.4.13 makes of them: its contexts, choices and targets, zero-shot.
+# task -> what lm-eval 0.4.13 makes of them: its contexts, choices and targets, zero-shot
+# (tests/evaluation/test_harness.py asks it).
 RENDERED: dict[str, list[tuple[str, list[str], int]]] = {
     "boolq": [
         ("Rain -- Water falls, {{often}}.  \nQuestion: is it  raining?\nAnswer:", ["no", "yes"], 1),
@@ -287,36 +284,3 @@ def test_a_directory_without_the_evaluated_split_is_refused(tmp_path: Path) -> N
     write(tmp_path / "boolq/train-00000-of-00001.parquet", HUB_ROWS["boolq"])
     with pytest.raises(PipelineError, match=r"holds none of boolq/validation\*, .* like aps/super_glue"):
         read_questions("boolq", tmp_path)
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_the_uncompressed_model_chooses_as_a_forward_per_choice(task: str, tmp_path: Path, smollm2: Path) -> None:
-    tokenizer = load_tokenizer(smollm2)
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.3,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    evaluation = EvaluationParams(budgets=(20,), n_sink=4, n_recent=16, seed=0)
-    traces = TracesParams(block_size=16, query_chunk=32, sequences_per_shard=2)
-    sweep = Sweep(model, tokenizer, {}, evaluation, traces, (20,), whole_if_shorter=True)
-    source = write(tmp_path / "rows.jsonl", HUB_ROWS[task])
-    for late in {False, task == "boolq"}:
-        for sample in build(params(task, late_question=late), task, source, smollm2)["test"]:
-            context, choices, _ = RENDERED[task][json.loads(sample.meta)["row"]]
-            scores = []
-            for choice in choices:
-                ids = torch.tensor([tokenizer.encode(f"{context} {choice}")])
-                with torch.no_grad():
-                    logits = model(ids).logits[0, :-1].double().log_softmax(-1)
-                first = len(tokenizer.encode(context.rstrip()))
-                scores.append(logits.gather(1, ids[0, 1:, None])[first - 1 :].sum().item())
-            if task == "hellaswag":
-                scores = [score / len(choice) for score, choice in zip(scores, choices, strict=True)]
-            # Whatever is called right shows which choice was taken.
-            for called_right in range(len(choices)):
-                outcomes, _ = sweep.run(dataclasses.replace(sample, gold=called_right), seed=1)
-                (full,) = (outcome for outcome in outcomes if outcome.key == FULL)
-                assert full.metric == sample.metric
-                assert full.value == float(scores.index(max(scores)) == called_right)

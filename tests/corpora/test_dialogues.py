@@ -102,6 +102,21 @@ def test_a_sample_holds_its_dialogue_and_its_passages(
         assert documents[sample.task][meta["passages"][-1]].strip()[:40] in text
 
 
+def test_a_base_model_s_dialogues_are_transcripts(
+    params: DialoguesParams, dialogues_wheel: Path, base_model: Path
+) -> None:
+    _, rows = dialogues.read_documents(dialogues_wheel)
+    few = params.model_copy(update={"samples": SplitSizes(train=1, validation=1, test=2)})
+    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    for sample in dialogues.build(few, "dialogues", dialogues_wheel, base_model)["test"]:
+        assert 0.95 * params.length <= len(sample.input_ids) <= params.length
+        row = rows[json.loads(sample.meta)["row"]]
+        assert tokenizer.decode(sample.input_ids[: sample.prompt_len]).startswith("<|im_start|>User: ")
+        assert tokenizer.decode(sample.input_ids).endswith(
+            f"{row['messages'][-1]['content']}\n\nAssistant: {row['answers'][0].strip()}"
+        )
+
+
 def test_splits_share_no_passage_and_no_dialogue(
     corpus: dict[str, list[Sample]], dialogues_wheel: Path, tokenizer: Any
 ) -> None:

@@ -160,6 +160,17 @@ def test_dialogues_have_the_length_and_share_no_tree(tmp_path: Path, smollm2: Pa
     assert build(params(), "oasst2", source, smollm2) == samples
 
 
+def test_a_base_model_s_dialogues_are_transcripts(tmp_path: Path, base_model: Path) -> None:
+    (sample, *_) = build(params(), "oasst2", write(tmp_path / "messages.jsonl", ROWS), base_model)["test"]
+    assert 360 <= len(sample.input_ids) <= 400
+    tokenizer = load_tokenizer(base_model)
+    leaves = json.loads(sample.meta)["threads"]
+    turns = [turn for leaf in leaves for turn in tree(int(leaf.split("-")[0][1:]))]
+    lines = [f"{'User' if turn['role'] == 'prompter' else 'Assistant'}: {turn['text']}" for turn in turns]
+    assert tokenizer.decode(sample.input_ids) == "<|im_start|>" + "\n\n".join(lines)
+    assert tokenizer.decode(sample.input_ids[sample.prompt_len :]) == f" {turns[-1]['text']}"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
