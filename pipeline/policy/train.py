@@ -223,7 +223,7 @@ def _generator(seed: int, purpose: str, step: int = 0, device: torch.device | st
     return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:4]))
 
 
-def _draw(reader: TraceReader, params: TrainParams, step: int) -> Draw:
+def draw_cut(reader: TraceReader, params: TrainParams, step: int) -> Draw:
     generator = _generator(params.seed, "draws", step)
     sequence = int(torch.randint(len(reader.sequences), (), generator=generator))
     block = reader.shape.block_size
@@ -242,7 +242,7 @@ def _prefetch(
     def produce() -> None:
         try:
             for step in range(first, params.steps):
-                draw = _draw(reader, params, step)
+                draw = draw_cut(reader, params, step)
                 keys, values, record = reader.read(draw.sequence)
                 importance = _importance(record, draw.cache_size, reader.shape.block_size, device)
                 keys, values = (_moved(states[:, : draw.cache_size], device) for states in (keys, values))

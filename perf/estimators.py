@@ -1,0 +1,85 @@
+"""Steps and seconds that `exact` needs to reach the best held-out cost of `rloo`, on real traces.
+
+    python -m perf.estimators --traces traces/smollm2-135m/ruler
+
+Both train the same agents of some layers with the same draws and the ``train`` section of params.yaml, shortened.
+Seconds are steps times the mean time of a step without validation, which costs both the same.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+import polars as pl
+
+from perf.measure import write_result
+from pipeline.errors import PipelineError
+from pipeline.params import TrainParams, load_params
+from pipeline.policy.train import CURVES_FILE, describe, train_policy
+from pipeline.traces.shards import TraceReader
+
+
+def train(estimator: str, readers: list[TraceReader], params: TrainParams, device: str) -> tuple[pl.DataFrame, float]:
+    """Mean held-out cost by number of steps, and mean seconds of a step without validation."""
+    marks: list[tuple[float, bool]] = []
+
+    def advance(count: int, status: str) -> None:
+        marks.append((time.perf_counter(), status != ""))
+
+    with tempfile.TemporaryDirectory() as directory:
+        work = Path(directory)
+        train_policy(work, *readers, estimator, params, describe(params, readers[0], estimator), device, advance)
+        curves = pl.read_parquet(work / CURVES_FILE)
+    steps = [end - start for (start, _), (end, validated) in zip(marks, marks[1:], strict=False) if not validated]
+    costs = curves.filter(pl.col("metric") == "validation_cost").group_by("step").agg(pl.col("value").mean())
+    return costs.sort("step").select(steps=pl.col("step") + 1, cost="value"), sum(steps) / len(steps)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--traces", type=Path, default=Path("traces/smollm2-135m/ruler"))
+    parser.add_argument("--layers", type=int, nargs="+", default=[5, 15, 25])
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--validate-every", type=int, default=10)
+    arguments = parser.parse_args()
+    shortened = {"steps": arguments.steps, "validate_every": arguments.validate_every, "checkpoint_every": 10**6}
+    params = load_params().train.model_copy(update=shortened)
+    try:
+        readers = [TraceReader(arguments.traces, split, 4 << 30, arguments.layers) for split in ("train", "validation")]
+    except PipelineError as error:
+        raise SystemExit(f"{error} `dvc repro` writes them; --traces names others.") from None
+    for reader in readers:
+        for sequence in range(len(reader.sequences)):  # read once: what is compared is not the disk
+            reader.read(sequence)
+    costs, seconds = {}, {}
+    for estimator in ("rloo", "exact"):
+        costs[estimator], seconds[estimator] = train(estimator, readers, params, arguments.device)
+        print(f"{estimator:5s}  {seconds[estimator]:.3f} s per step; held-out cost by step:")
+        print("       " + ", ".join(f"{row['steps']}: {row['cost']:.3f}" for row in costs[estimator].to_dicts()))
+    target = costs["rloo"]["cost"].min()
+    needed = {name: curve.filter(pl.col("cost") <= target)["steps"].min() for name, curve in costs.items()}
+    content = {
+        "layers": arguments.layers,
+        "target": target,
+        "steps": needed,
+        "seconds_per_step": seconds,
+        "curves": {name: curve.to_dicts() for name, curve in costs.items()},
+    }
+    if needed["exact"] is None:
+        print(
+            f"exact did not reach {target:.3f} in {arguments.steps} steps; its best is {costs['exact']['cost'].min():.3f}"
+        )
+    else:
+        total = {name: needed[name] * seconds[name] for name in needed}
+        content["seconds"], content["ratio"] = total, total["exact"] / total["rloo"]
+        print(
+            f"to rloo's best, {target:.3f}: rloo {needed['rloo']} steps, {total['rloo']:.1f} s; exact {needed['exact']} "
+            f"steps, {total['exact']:.1f} s; ratio of the seconds {content['ratio']:.2f}"
+        )
+    write_result("estimators", arguments.device, content)
+
+
+if __name__ == "__main__":
+    main()

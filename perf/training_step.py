@@ -1,0 +1,121 @@
+"""One training step of all agents, stacked, against a loop over one module, optimizer and clip per head.
+
+    python -m perf.training_step
+
+SmolLM2-135M: 30 layers x 3 KV heads of width 64, 960 tokens, both estimators. Both sides read the same float16
+states, normalise them, score, differentiate, clip at 5 and step AdamW; the loop is what one writes with nn.Sequential
+and torch.optim.AdamW as they come. It also prints what no implementation can beat on this machine: the FLOPs of the
+step at the rate of one large product of matrices.
+"""
+
+import argparse
+
+import torch
+from torch import Tensor, nn
+
+from perf.measure import interleaved, median_ratio, write_result
+from pipeline.params import load_params
+from pipeline.planning.counts import training_flops
+from pipeline.policy.agents import Policy, PolicyShape
+from pipeline.policy.train import clip_gradients, compute_gradients, loss_function
+
+LAYERS, KV_HEADS, HEAD_DIM = 30, 3, 64
+
+
+class Loop:
+    """One nn.Sequential, AdamW and clip per head, with the weights of a policy."""
+
+    def __init__(self, policy: Policy, rate: float) -> None:
+        self.policy, self.agents, self.optimizers = policy, [], []
+        for head in range(policy.shape.heads):
+            layers: list[nn.Module] = []
+            for weight, bias in zip(policy.weights, policy.biases, strict=True):
+                linear = nn.Linear(*weight.shape[1:], device=weight.device)
+                linear.weight.data.copy_(weight[head].T)
+                linear.bias.data.copy_(bias[head, 0])
+                layers += [linear, nn.ReLU()]
+            self.agents.append(nn.Sequential(*layers[:-1]))
+            self.optimizers.append(torch.optim.AdamW(self.agents[-1].parameters(), lr=rate))
+
+    def step(self, keys: Tensor, values: Tensor, loss_of) -> None:
+        for head, (agent, optimizer) in enumerate(zip(self.agents, self.optimizers, strict=True)):
+            heads = slice(head, head + 1)
+            inputs = self.policy.inputs(keys[heads], values[heads], heads)[0]  # (n, inputs)
+            optimizer.zero_grad()
+            loss_of(agent(inputs).T, heads).sum().backward()
+            nn.utils.clip_grad_norm_(agent.parameters(), 5.0)
+            optimizer.step()
+
+    def distance(self) -> float:
+        """Largest difference between the loop's first layers and the policy's."""
+        own = torch.stack([agent[0].weight.T for agent in self.agents])
+        return float((own - self.policy.weights[0]).abs().max())
+
+
+def matrix_rate(device: str) -> float:
+    """FLOP/s of one large float32 product, the best of five."""
+    size = 2048 if torch.device(device).type == "cpu" else 8192
+    matrix = torch.randn(size, size, device=device)
+    seconds = interleaved({"product": lambda: matrix @ matrix}, 5, device)["product"]
+    return 2 * size**3 / min(seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tokens", type=int, default=960)
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    device, tokens = arguments.device, arguments.tokens
+    params = load_params().train
+    shape = PolicyShape(LAYERS, KV_HEADS, HEAD_DIM, params.agent)
+    generator = torch.Generator().manual_seed(0)
+    size = (shape.heads, tokens, HEAD_DIM)
+    keys, values = (torch.randn(size, generator=generator).half().to(device) for _ in range(2))
+    importance = (10 ** (-4 * torch.rand(shape.heads, tokens, generator=generator))).to(device)
+    flops, rate = training_flops(shape) * shape.heads * tokens, matrix_rate(device)
+    limit = flops / rate
+    print(
+        f"{flops / 1e9:.1f} GFLOP of products per step; one large product reaches {rate / 1e9:.0f} GFLOP/s: {limit:.3f} s"
+    )
+    rows = []
+    for estimator in ("exact", "rloo"):
+        policy = Policy(shape, torch.Generator().manual_seed(1)).to(device)
+        loop = Loop(policy, params.learning_rate)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=params.learning_rate, fused=True)
+        loss_of = loss_function(estimator, importance, params, step=0)
+
+        def stacked(policy=policy, optimizer=optimizer, loss_of=loss_of) -> None:
+            compute_gradients(policy, keys, values, loss_of)
+            clip_gradients(policy, 5.0)
+            optimizer.step()
+
+        works = {"stacked": stacked, "loop": lambda loop=loop, loss_of=loss_of: loop.step(keys, values, loss_of)}
+        for work in works.values():
+            work()
+        moved_apart = loop.distance() / params.learning_rate
+        seconds = interleaved(works, arguments.repeats, device, warm_up=0)
+        ratio, lowest, highest = median_ratio(seconds["loop"], seconds["stacked"])
+        best = {name: min(times) for name, times in seconds.items()}
+        print(
+            f"{estimator:5s}  stacked {best['stacked']:.3f} s, loop {best['loop']:.3f} s, ratio {ratio:.2f} "
+            f"({lowest:.2f} to {highest:.2f}); products alone would give {best['loop'] / limit:.2f}; after one step "
+            f"weights differ by {moved_apart:.1e} learning rates"
+        )
+        rows.append(
+            {
+                "estimator": estimator,
+                "seconds": seconds,
+                "ratio": ratio,
+                "lowest_ratio": lowest,
+                "highest_ratio": highest,
+                "ratio_if_products_were_all": best["loop"] / limit,
+                "difference_after_one_step_in_learning_rates": moved_apart,
+            }
+        )
+    content = {"agents": shape.heads, "tokens": tokens, "flops": flops, "matrix_flops_per_second": rate, "rows": rows}
+    write_result("training_step", device, content)
+
+
+if __name__ == "__main__":
+    main()
