@@ -7,6 +7,7 @@ Seconds are steps times the mean time of a step without validation, which costs 
 """
 
 import argparse
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -31,7 +32,7 @@ def train(estimator: str, readers: list[TraceReader], params: TrainParams, devic
         work = Path(directory)
         train_policy(work, *readers, estimator, params, describe(params, readers[0], estimator), device, advance)
         curves = pl.read_parquet(work / CURVES_FILE)
-    steps = [end - start for (start, _), (end, validated) in zip(marks, marks[1:], strict=False) if not validated]
+    steps = [end - start for (start, _), (end, validated) in itertools.pairwise(marks) if not validated]
     costs = curves.filter(pl.col("metric") == "validation_cost").group_by("step").agg(pl.col("value").mean())
     return costs.sort("step").select(steps=pl.col("step") + 1, cost="value"), sum(steps) / len(steps)
 
@@ -68,15 +69,14 @@ def main() -> None:
         "curves": {name: curve.to_dicts() for name, curve in costs.items()},
     }
     if needed["exact"] is None:
-        print(
-            f"exact did not reach {target:.3f} in {arguments.steps} steps; its best is {costs['exact']['cost'].min():.3f}"
-        )
+        best = costs["exact"]["cost"].min()
+        print(f"exact did not reach {target:.3f} in {arguments.steps} steps; its best is {best:.3f}")
     else:
         total = {name: needed[name] * seconds[name] for name in needed}
         content["seconds"], content["ratio"] = total, total["exact"] / total["rloo"]
         print(
-            f"to rloo's best, {target:.3f}: rloo {needed['rloo']} steps, {total['rloo']:.1f} s; exact {needed['exact']} "
-            f"steps, {total['exact']:.1f} s; ratio of the seconds {content['ratio']:.2f}"
+            f"to rloo's best, {target:.3f}: rloo {needed['rloo']} steps, {total['rloo']:.1f} s; exact "
+            f"{needed['exact']} steps, {total['exact']:.1f} s; ratio of the seconds {content['ratio']:.2f}"
         )
     write_result("estimators", arguments.device, content)
 

@@ -76,7 +76,8 @@ def main() -> None:
     flops, rate = training_flops(shape) * shape.heads * tokens, matrix_rate(device)
     limit = flops / rate
     print(
-        f"{flops / 1e9:.1f} GFLOP of products per step; one large product reaches {rate / 1e9:.0f} GFLOP/s: {limit:.3f} s"
+        f"{flops / 1e9:.1f} GFLOP of products per step; one large product reaches {rate / 1e9:.0f} GFLOP/s: "
+        f"{limit:.3f} s"
     )
     rows = []
     for estimator in ("exact", "rloo"):

@@ -224,6 +224,7 @@ def _generator(seed: int, purpose: str, step: int = 0, device: torch.device | st
 
 
 def draw_cut(reader: TraceReader, params: TrainParams, step: int) -> Draw:
+    """What a step trains on: a sequence and a cache size, both uniform, decided by the seed and the step alone."""
     generator = _generator(params.seed, "draws", step)
     sequence = int(torch.randint(len(reader.sequences), (), generator=generator))
     block = reader.shape.block_size
