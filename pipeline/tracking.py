@@ -10,6 +10,7 @@ MLflow is imported inside functions: it takes 1.7 s, which ``--help`` should not
 import hashlib
 import json
 import logging
+import math
 import os
 import subprocess
 import time
@@ -165,7 +166,8 @@ def _score_points(scores: pl.DataFrame, params: Params) -> list[tuple[str, float
         # No budget means no eviction: the same value at every budget draws the ceiling as a line.
         steps = params.budgets(row["benchmark"]) if row["budget"] is None else [row["budget"]]
         for name, suffix in (("mean", ""), ("low", "_low"), ("high", "_high")):
-            points += [(f"{row['benchmark']}_{row['metric']}{suffix}", row[name], step) for step in steps]
+            if math.isfinite(row[name]):  # a single sample has no interval
+                points += [(f"{row['benchmark']}_{row['metric']}{suffix}", row[name], step) for step in steps]
     return points
 
 
@@ -175,6 +177,7 @@ def _cost_points(costs: pl.DataFrame) -> list[tuple[str, float, int]]:
         (f"{row['corpus']}_normalised_cost{suffix}", row[name], 0)
         for row in pooled.iter_rows(named=True)
         for name, suffix in (("mean", ""), ("low", "_low"), ("high", "_high"))
+        if math.isfinite(row[name])
     ]
 
 

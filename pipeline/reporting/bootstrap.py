@@ -13,7 +13,10 @@ Floats = NDArray[np.float64]
 def resampling_counts(strata: NDArray[np.int64], count: int, generator: np.random.Generator) -> Floats:
     """How often each of ``count`` resamples draws each sample.
 
-    Samples are drawn with replacement within their stratum, so that each stratum keeps its size.
+    Samples are drawn with replacement within their stratum, so that each stratum keeps its weight. Of n samples n - 1
+    are drawn and count n / (n - 1) times each (Rao and Wu, "Resampling inference with complex survey data", 1988):
+    drawing n would make intervals too narrow, by a factor of sqrt(1 - 1 / n), which matters at three samples a task.
+    Strata of one sample are drawn from together, since one sample says nothing of its stratum's spread.
 
     Parameters
     ----------
@@ -25,11 +28,20 @@ def resampling_counts(strata: NDArray[np.int64], count: int, generator: np.rando
     Floats
         Counts; each row sums to the number of samples.  # (count, samples)
     """
-    counts = np.zeros((count, len(strata)))
-    for stratum in np.unique(strata):
-        members = np.flatnonzero(strata == stratum)
-        share = np.full(len(members), 1 / len(members))
-        counts[:, members] = generator.multinomial(len(members), share, size=count)
+    names, sizes = np.unique(strata, return_counts=True)
+    alone = np.isin(strata, names[sizes == 1])
+    groups = [np.flatnonzero(strata == name) for name in names[sizes > 1]]
+    if alone.sum() == 1 and groups:
+        # A last one that is left by itself joins the smallest group.
+        groups.sort(key=len)
+        groups[0] = np.append(groups[0], np.flatnonzero(alone))
+    elif alone.any():
+        groups.append(np.flatnonzero(alone))
+    counts = np.ones((count, len(strata)))
+    for members in groups:
+        if (size := len(members)) > 1:
+            drawn = generator.multinomial(size - 1, np.full(size, 1 / size), size=count)
+            counts[:, members] = drawn * (size / (size - 1))
     return counts
 
 

@@ -3,7 +3,9 @@
 "Better" and "worse" mean that the paired interval excludes zero; anything else is called undecided.
 """
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import polars as pl
 
@@ -37,8 +39,8 @@ def headline(
 
 
 def verdict(low: float, high: float, lower_is_better: bool) -> str:
-    """better, worse or undecided, from the interval of "KVP minus baseline"."""
-    if low <= 0 <= high:
+    """better, worse or undecided, from the interval of "KVP minus baseline"; undecided where that is unknown."""
+    if not (low > 0 or high < 0):
         return "undecided"
     return "better" if (high < 0) == lower_is_better else "worse"
 
@@ -92,7 +94,7 @@ def _about_cost(model: str, corpus: str, costs: pl.DataFrame, differences: pl.Da
         sentence += (
             f"; the best attention-free baseline is {_value(costs, *rival, 'normalised_cost')}; {label} is "
             + {"better": "lower", "worse": "higher", "undecided": "not distinguishable"}[outcome]
-            + f" (difference {row['difference']:+.2f}, interval {row['low']:+.2f} to {row['high']:+.2f})"
+            + f" (difference {row['difference']:+.2f}, {interval(row, '{:+.2f}'.format)})"
         )
     found = [f"{sentence}."]
     based = _of_kind(mine, "attention-based")
@@ -179,8 +181,14 @@ def _listed(differences: pl.DataFrame) -> str:
 
 def _value(frame: pl.DataFrame, policy: str, trained_on: str | None, metric: str, link: str = "with") -> str:
     row = tables.select(frame, policy, trained_on).row(0, named=True)
-    mean, low, high = (format_value(row[name], metric) for name in ("mean", "low", "high"))
-    return f"{names.label(policy, trained_on)} {link} {metric.replace('_', ' ')} {mean} ({low} to {high})"
+    shown: Callable[[float], str] = lambda value: format_value(value, metric)  # noqa: E731
+    mean = f"{metric.replace('_', ' ')} {shown(row['mean'])}"
+    return f"{names.label(policy, trained_on)} {link} {mean} ({interval(row, shown)})"
+
+
+def interval(row: dict[str, Any], shown: Callable[[float], str]) -> str:
+    """The interval of a row of a table as the page prints it."""
+    return "one sample" if math.isnan(row["low"]) else f"{shown(row['low'])} to {shown(row['high'])}"
 
 
 def format_value(value: float, metric: str) -> str:

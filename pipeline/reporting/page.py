@@ -105,7 +105,7 @@ def render(
         ),
         confidence=f"{params.report.confidence:.0%}",
         resamples=f"{params.report.bootstrap_samples:,}",
-        stratified=", drawn within each RULER task" if several_tasks else "",
+        stratified=", drawn within each task, tasks of one sample together" if several_tasks else "",
         setup=_setup_tables(params, numbers),
         stand_ins=_stand_ins(params),
         figures=[
@@ -367,11 +367,11 @@ def _policy_row(pair: tuple[str, str | None], cells: list[Cell]) -> Row:
 def _interval_cell(row: dict[str, Any] | None, metric: str) -> Cell:
     if row is None:
         return Cell("")
-    shown: Callable[[str], str] = lambda name: findings.format_value(row[name], metric)  # noqa: E731
-    return Cell(shown("mean"), f"{shown('low')} to {shown('high')}")
+    shown: Callable[[float], str] = lambda value: findings.format_value(value, metric)  # noqa: E731
+    return Cell(shown(row["mean"]), findings.interval(row, shown))
 
 
 def _difference_cell(row: dict[str, Any], lower_is_better: bool) -> Cell:
     outcome = findings.verdict(row["low"], row["high"], lower_is_better)
     look = "" if outcome == "undecided" else outcome
-    return Cell(f"{row['difference']:+.2f}", f"{row['low']:+.2f} to {row['high']:+.2f}", look)
+    return Cell(f"{row['difference']:+.2f}", findings.interval(row, "{:+.2f}".format), look)

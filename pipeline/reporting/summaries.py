@@ -3,6 +3,7 @@
 Numbers are rounded to six digits: sums over many threads differ in the last bits from run to run.
 """
 
+import math
 from typing import Any
 
 import polars as pl
@@ -26,7 +27,8 @@ def cost_metrics(costs: pl.DataFrame) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for row in costs.iter_rows(named=True):
         leaf = _leaf(tree, row["model"], row["corpus"], row["scope"], policy_key(row))
-        leaf |= {name: rounded(row[name]) for name in ("mean", "low", "high")}
+        # A single sample has no interval, and JSON no number that is none.
+        leaf |= {name: rounded(row[name]) for name in ("mean", "low", "high") if math.isfinite(row[name])}
     return tree
 
 

@@ -1,7 +1,7 @@
 """Every number that is shown, as queries over the result tables. It draws nothing and writes nothing.
 
 Intervals come from resampling samples (stratified by task), never heads or tokens: heads of one
-sample are not independent, so they are averaged first.
+sample are not independent, so they are averaged first. The ends of the interval of a single sample are not a number.
 """
 
 from collections.abc import Iterator, Sequence
@@ -313,7 +313,7 @@ def _blocks(frame: pl.DataFrame, block: list[str], columns: list[str], report: R
 def _interval_table(frame: pl.DataFrame, block: list[str], columns: list[str], report: ReportParams) -> pl.DataFrame:
     rows: list[dict[str, Any]] = []
     for group in _blocks(frame, block, columns, report):
-        low, high = percentile_interval(group.resampled, report.confidence)
+        low, high = _interval(group.resampled, group.samples, report)
         rows += [
             group.key | column | {"mean": group.estimates[i], "low": low[i], "high": high[i], "samples": group.samples}
             for i, column in enumerate(group.columns)
@@ -338,7 +338,7 @@ def _difference_table(frame: pl.DataFrame, block: list[str], at: list[str], repo
         if not pairs:
             continue
         ours, theirs = np.array(pairs).T
-        low, high = percentile_interval(group.resampled[:, ours] - group.resampled[:, theirs], report.confidence)
+        low, high = _interval(group.resampled[:, ours] - group.resampled[:, theirs], group.samples, report)
         difference = group.estimates[ours] - group.estimates[theirs]
         rows += [
             group.key
@@ -350,6 +350,14 @@ def _difference_table(frame: pl.DataFrame, block: list[str], at: list[str], repo
     schema = {name: frame.schema[name] for name in (*block, *POLICY, *at)}
     schema |= {"baseline": pl.String(), "baseline_trained_on": pl.String()}
     return pl.DataFrame(rows, schema=schema | dict.fromkeys(("difference", "low", "high"), pl.Float64()))
+
+
+def _interval(resampled: Floats, samples: int, report: ReportParams) -> tuple[Floats, Floats]:
+    """Ends of the interval of each column, not a number where a single sample says nothing of its spread."""
+    if samples == 1:
+        unknown = np.full(resampled.shape[1], np.nan)
+        return unknown, unknown
+    return percentile_interval(resampled, report.confidence)
 
 
 def _is_compared(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:

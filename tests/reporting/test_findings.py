@@ -8,11 +8,11 @@ REPORT = ReportParams(bootstrap_samples=500, confidence=0.95, example_layer=0, e
 SCHEMA = {"policy": pl.String, "trained_on": pl.String, "budget": pl.Int32, "value": pl.Float64}
 
 
-def _sentences(ours: float, theirs: float, spread: float = 0.01) -> str:
+def _sentences(ours: float, theirs: float, spread: float = 0.01, samples: int = 12) -> str:
     rows = [
         {"policy": policy, "trained_on": trained_on, "budget": 64, "sample_id": str(i), "value": level + sign * spread}
         for policy, trained_on, level, signs in (("kvp-exact", "ruler", ours, 1), ("lagkv", None, theirs, -1))
-        for i in range(12)
+        for i in range(samples)
         for sign in [signs * (-1) ** i]
     ]
     evaluation = pl.DataFrame(rows, schema_overrides=SCHEMA).with_columns(
@@ -32,6 +32,13 @@ def test_a_win_a_loss_and_a_draw_read_differently() -> None:
     assert "KVP is better than the attention-free baselines" in _sentences(0.8, 0.5)
     assert "KVP is worse than the attention-free baselines" in _sentences(0.5, 0.8)
     assert "KVP cannot be told apart from the attention-free baselines" in _sentences(0.5, 0.5, spread=0.2)
+
+
+def test_a_single_sample_decides_nothing() -> None:
+    sentences = _sentences(0.8, 0.5, samples=1)
+    assert "KVP cannot be told apart from the attention-free baselines" in sentences
+    assert "KVP_R exact has accuracy 0.81 (one sample)" in sentences
+    assert "nan" not in sentences
 
 
 def test_numbers_are_those_of_the_table() -> None:
