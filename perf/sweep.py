@@ -28,7 +28,7 @@ from pipeline.evaluation.sweep import FULL, ORACLE, PolicyKey, Sweep
 from pipeline.eviction.baselines import BASELINES, LayerCache
 from pipeline.eviction.budget import gather_tokens, kept_tokens, protected_ranking
 from pipeline.models import head_shape, load_tokenizer
-from pipeline.params import AgentParams, EvaluationParams, RulerParams, SplitSizes, TracesParams, load_params
+from pipeline.params import AgentParams, EvaluationParams, RulerParams, RulerSizes, TracesParams, load_params
 from pipeline.policy.agents import Policy, PolicyShape
 from pipeline.sources import fetch
 
@@ -105,7 +105,7 @@ def make_sample(length: int, model_directory: Path) -> Sample:
     """The test sample of one RULER task at ``length`` tokens."""
     params = load_params(Path("profiles/default.yaml")).corpora["ruler"]
     assert isinstance(params, RulerParams)
-    changed = {"tasks": (TASK,), "length": length, "samples": SplitSizes(train=1, validation=1, test=1)}
+    changed = {"tasks": (TASK,), "length": length, "samples": RulerSizes(train=1, validation=1, test=1)}
     params = params.model_copy(update=changed)
     with tempfile.TemporaryDirectory() as work:
         sources = fetch(params.source), fetch(params.sentence_splitter)

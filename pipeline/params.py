@@ -116,10 +116,18 @@ class ModelParams(_Section):
 
 
 class SplitSizes(_Section):
-    """Samples per split; per task for RULER. Splits share no document, needle or dialogue."""
+    """Samples per split. Splits share no dialogue."""
 
     train: PositiveInt
     validation: PositiveInt
+    test: PositiveInt
+
+
+class RulerSizes(_Section):
+    """Samples per split and task. 0 for training and validation where the corpus is only evaluated."""
+
+    train: Annotated[int, Field(ge=0)]
+    validation: Annotated[int, Field(ge=0)]
     test: PositiveInt
 
 
@@ -143,7 +151,7 @@ class RulerParams(_Section):
     tasks: Annotated[tuple[str, ...], Field(min_length=1)]
     length: PositiveInt
     task_lengths: dict[str, PositiveInt] = {}
-    samples: SplitSizes
+    samples: RulerSizes
     max_new_tokens: PositiveInt
     perplexity: bool
     seed: int
@@ -368,7 +376,8 @@ class Params(_Section):
         for name in self.matrix.corpus:
             if name not in self.corpora:
                 raise ValueError(f"matrix.corpus names '{name}', which is not in corpora")
-            if self.corpora[name].kind not in TRAINABLE:
+            sizes = self.corpora[name].samples
+            if isinstance(sizes, EvaluationSize) or not (sizes.train and sizes.validation):
                 raise ValueError(f"matrix.corpus names '{name}', which is for evaluation only; name it in benchmark")
             if name not in self.matrix.benchmark:
                 raise ValueError(f"matrix.benchmark lacks '{name}', which matrix.corpus trains on")

@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.corpora import choice, dialogues, longbench, oasst, ruler
-from pipeline.corpora.samples import Sample, Split
-from pipeline.params import TRAINABLE, AnyCorpusParams, LongerParams, RulerParams
+from pipeline.corpora.samples import SPLITS, Sample, Split
+from pipeline.params import AnyCorpusParams, LongerParams, RulerParams
 from pipeline.sources import CACHE, fetch, record
 
 
@@ -63,5 +63,5 @@ def build_longer_samples(
 
 def count_pieces(params: AnyCorpusParams) -> int:
     """How often ``progress`` will be called for this corpus."""
-    splits = 3 if params.kind in TRAINABLE else 1
+    splits = len([split for split in SPLITS if getattr(params.samples, split, 0)])
     return splits * len(params.tasks) if params.kind in ("ruler", "longbench") else splits

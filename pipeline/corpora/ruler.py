@@ -31,7 +31,7 @@ from pipeline.corpora import ruler_host
 from pipeline.corpora.chat import chat_prompt, encode_pair, end_of_turn
 from pipeline.corpora.samples import SPLITS, Sample, Split
 from pipeline.errors import PipelineError
-from pipeline.params import LongerParams, RulerParams, SplitSizes
+from pipeline.params import LongerParams, RulerParams, RulerSizes
 from pipeline.workdir import write_text
 
 Row = dict[str, Any]
@@ -331,7 +331,7 @@ def build(
     work: Path,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[Split, list[Sample]]:
-    """All samples of the corpus, by split.
+    """All samples of the corpus, by split; the test split is what NVIDIA's generator makes of its own data.
 
     Parameters
     ----------
@@ -357,10 +357,11 @@ def build(
     tokenizer = load_tokenizer(model)
     tasks = read_tasks(wheel)
     install_punkt(splitter, work / "nltk_data")
+    splits = [split for split in _ORDER if getattr(params.samples, split)]
     used: frozenset[str] = frozenset()
     raw: dict[Split, dict[str, list[Row]]] = {}
     with host(work / "nltk_data", work / "host.log") as jobs, ThreadPoolExecutor(WORKERS) as pool:
-        for split in _ORDER:
+        for split in splits:
             plan = _Plan(params, name, split, used, wheel, model, work, tokenizer)
             raw[split] = _split_rows(plan, tasks, jobs, pool, progress)
             # Needles of one task must not turn up in another task's other splits either.
@@ -373,6 +374,7 @@ def build(
             for number, row in enumerate(raw[split][task])
         ]
         for split in SPLITS
+        if split in splits
     }
 
 
@@ -414,7 +416,7 @@ def build_longer(
             f"sensitivity.longer.{name}: at {longer.length} tokens the essays would be those of the training samples; "
             f"lengths up to {essay_words} are possible."
         )
-    sizes = SplitSizes(train=1, validation=longer.samples, test=1)
+    sizes = RulerSizes(train=1, validation=longer.samples, test=1)
     params = params.model_copy(update={"length": longer.length, "task_lengths": {}, "samples": sizes})
     # The default would drop spaces before dots.
     prompts = (

@@ -203,9 +203,9 @@ class Sweep:
 
         Policies are scored at a second cache size, the middle, where a block of the record ends there.
         """
-        block, chunk = self.traces.block_size, self.traces.query_chunk
+        chunk = self.traces.query_chunk
         n = sample.context_len
-        middle = n // 2 // block * block
+        middle = n // 2 // self.traces.block_size * self.traces.block_size
         if n < SHORTEST_CACHE:
             raise PipelineError(
                 f"Sample {sample.sample_id} has a context of {n} tokens; ranking needs {SHORTEST_CACHE}: drop it."
@@ -216,13 +216,14 @@ class Sweep:
             size: {} for size in (middle, n) if size and self.budgets
         }
         with self._scoring(collected, seed):
-            prompt = run_captured(self.model, ids[:n], cache, block, chunk)
+            # Blocks as large as can be: a record of traces' blocks grows with n x n, 4 GB a layer at 128k tokens.
+            prompt = run_captured(self.model, ids[:n], cache, middle or n, chunk)
         # The true continuation runs against the uncompressed cache; its attention is the oracle's knowledge.
-        after = run_captured(self.model, ids[n:], cache, block, chunk)
+        after = run_captured(self.model, ids[n:], cache, len(ids), chunk)
         beyond = torch.stack([record[:, :n].sum(-1) for record in after])
         importance = {n: beyond}
         if middle:
-            within = torch.stack([future_importance(record, middle, block) for record in prompt])
+            within = torch.stack([future_importance(record, middle, middle) for record in prompt])
             importance[middle] = within + beyond[..., :middle]
         scores = {
             size: {key: torch.stack(layers) for key, layers in by_key.items()} for size, by_key in collected.items()

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.corpora.build import count_pieces
 from pipeline.errors import PipelineError
 from pipeline.eviction.baselines import BASELINES
 from pipeline.params import AgentParams, AnyCorpusParams, Params
@@ -280,7 +281,7 @@ class _Model:
     def samples(self, corpus: str) -> StageCost:
         params = self.params.corpora[corpus]
         tokens = sum(group.tokens * (group.train + group.validation + group.test) for group in self.groups(corpus))
-        scripts = 3 * len(params.tasks) if params.kind == "ruler" else 0
+        scripts = count_pieces(params) if params.kind == "ruler" else 0
         seconds = _TOKENIZER_START + _GENERATOR_START * scripts + _KILOTOKEN * tokens / 1000
         return self.cost("samples", corpus, Work(), _SAMPLE_BYTES * tokens, 0, {}, host_seconds=seconds)
 

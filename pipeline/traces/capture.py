@@ -148,7 +148,7 @@ def recorded_attention(
 def _chunks(offset: int, q_len: int, chunk: int) -> Iterator[tuple[int, int]]:
     """Cut queries at positions ``offset .. offset + q_len - 1`` where a position is a multiple of ``chunk``.
 
-    So a block, whose size divides the chunk's, lies in one chunk.
+    So a block whose size divides the chunk's lies in one chunk, and its sum is the same however a sequence is cut.
     """
     start = 0
     while start < q_len:
@@ -175,14 +175,14 @@ def _add_up(record: Tensor, strongest: Tensor, position: int, block_size: int) -
     Parameters
     ----------
     record
-        (kv_heads, blocks, tokens), written to.
+        (kv_heads, blocks, tokens), added to: a block may be larger than a chunk of queries.
     strongest
         (kv_heads, size, visible), of the queries at ``position .. position + size - 1``.
     """
     visible = strongest.shape[-1]
     for block in range(position // block_size, -(-visible // block_size)):
         first, last = (max(edge * block_size - position, 0) for edge in (block, block + 1))
-        record[:, block, :visible] = strongest[:, first:last].sum(dim=1)
+        record[:, block, :visible] += strongest[:, first:last].sum(dim=1)
 
 
 def _sliding_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int, chunk: int) -> Tensor:

@@ -19,9 +19,10 @@ import pytest
 from transformers import AutoTokenizer
 
 from pipeline.corpora import ruler
+from pipeline.corpora.build import count_pieces
 from pipeline.corpora.samples import SPLITS, Sample
 from pipeline.errors import PipelineError
-from pipeline.params import RULER_TASKS, LongerParams, Params, RulerParams, SplitSizes
+from pipeline.params import RULER_TASKS, LongerParams, Params, RulerParams, RulerSizes
 
 ANSWERS = {
     "niah_single_1": [" 1234567", ("1234567",)],
@@ -53,7 +54,7 @@ def jobs(nltk_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture(scope="module")
 def params(default_params: Params) -> RulerParams:
-    sizes = SplitSizes(train=2, validation=1, test=2)
+    sizes = RulerSizes(train=2, validation=1, test=2)
     return default_params.corpora["ruler"].model_copy(update={"samples": sizes})
 
 
@@ -102,6 +103,25 @@ def test_sentences_end_where_nltk_says(nltk_data: Path) -> None:
         "He left at 5 p.m. and went home.",
         "Why?",
     ]
+
+
+def test_a_corpus_that_is_only_evaluated_is_the_same_test_split(
+    corpus: dict[str, list[Sample]],
+    params: RulerParams,
+    ruler_wheel: Path,
+    splitter_wheel: Path,
+    smollm2: Path,
+    tmp_path: Path,
+) -> None:
+    task = "niah_single_1"
+    changes = {"tasks": (task,), "samples": RulerSizes(train=0, validation=0, test=2)}
+    lines: list[str] = []
+    alone = ruler.build(
+        params.model_copy(update=changes), "ruler", ruler_wheel, splitter_wheel, smollm2, tmp_path, lines.append
+    )
+    assert alone == {"test": [sample for sample in corpus["test"] if sample.task == task]}
+    assert len(lines) == count_pieces(params.model_copy(update=changes)) == 1
+    assert count_pieces(params) == 3 * 13
 
 
 @pytest.mark.slow
