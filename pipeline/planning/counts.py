@@ -82,15 +82,20 @@ def capture_work(shape: ModelShape, tokens: int, item_bytes: int, traces: Traces
     )
 
 
-def capture_memory(shape: ModelShape, tokens: int, item_bytes: int, traces: TracesParams) -> dict[str, int]:
-    """Bytes of such a prefill at its peak, by part; what grows with tokens squared is one layer's chunk of queries."""
+def capture_memory(
+    shape: ModelShape, tokens: int, item_bytes: int, traces: TracesParams, blocks: int | None = None
+) -> dict[str, int]:
+    """Bytes of such a prefill at its peak, by part.
+
+    ``blocks`` of each token's record: None for those of the traces, whose bytes grow with tokens squared.
+    """
     softmax = 4 + (0 if item_bytes == 4 else item_bytes)
     chunk = shape.query_heads * min(traces.query_chunk, tokens) * tokens * (item_bytes + softmax)
     return {
         "weights": shape.parameters * item_bytes,
         # Layers that slide over a window keep every token during a capture, like the others.
         "cache": 2 * shape.layers * shape.kv_heads * shape.head_dim * tokens * item_bytes,
-        "records": 4 * shape.heads * tokens * -(-tokens // traces.block_size),
+        "records": 4 * shape.heads * tokens * (blocks or -(-tokens // traces.block_size)),
         "one chunk of attention": chunk,
         "activations": tokens * (4 * shape.hidden + 3 * shape.intermediate) * item_bytes,
     }

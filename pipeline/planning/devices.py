@@ -42,14 +42,15 @@ DEVICES = {
     "cpu-2-cores": Device(
         source="measured on two cores of an AMD EPYC with AVX-512. Products of matrices: such that the traces of the "
         "default profile take as long as they did (one large product is a quarter faster, in bfloat16 2.1 times). "
-        "Memory: between what results in new memory reach, 7 GB/s, and softmax, 23 GB/s. Trace files: one core's time. "
-        "DVC and the start of a stage: when the outputs of a run were written",
+        "Memory: between what results in new memory reach, 7 GB/s, and softmax, 23 GB/s. Trace files: written by one "
+        "core; read from the page cache on first use, checksums included (perf/trace_reading.py). DVC and the start of "
+        "a stage: when the outputs of a run were written",
         accelerator=False,
         flops={"float32": 137e9, "bfloat16": 280e9, "float16": 137e9},
         memory=15e9,
         kernel=10e-6,
         write=80e6,
-        read=150e6,
+        read=900e6,
         commit=280e6,
         start=12.0,
     ),
@@ -61,7 +62,7 @@ DEVICES = {
         memory=2e12,
         kernel=8e-6,
         write=80e6,
-        read=150e6,
+        read=900e6,
         commit=280e6,
         start=12.0,
     ),

@@ -357,7 +357,8 @@ class _Model:
             work += (captured + score_work(self.policy, ranked) * trained + evicting + decoding) * group.test
             tokens += (group.tokens + rows * (scored + generated)) * group.test
             disk += (2 * policies * shape.heads * _COST_CURVE_BYTES + 2 * rows * _OUTCOME_BYTES) * group.test
-            prefill = capture_memory(shape, group.tokens, self.item_bytes, params.traces)
+            # Blocks of half the context, and the rest.
+            prefill = capture_memory(shape, group.tokens, self.item_bytes, params.traces, blocks=3)
             stays = prefill["weights"] + prefill["cache"] + prefill["records"]
             # While a budget's caches get room for new tokens they exist twice.
             twice = policies * min(budgets[-1], group.context) * shape.ranked_numbers * self.item_bytes
