@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator, StrMethodFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 from PIL import Image
 
 from pipeline.params import MatrixParams, ReportParams
@@ -372,7 +372,12 @@ def _log_scale_if_wide(axes: Axes, part: pl.DataFrame) -> None:
     elif low > 0 and high / low > 3:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(_plain))
-        axes.yaxis.set_minor_formatter(FuncFormatter(_plain) if high / low < 12 else NullFormatter())
+        if high / low < 12:
+            axes.yaxis.set_minor_formatter(FuncFormatter(_plain))
+        else:
+            # Nine labels a decade would run into each other.
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _plain(value: float, _: object) -> str:
