@@ -28,6 +28,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "sensitivity": (),
     "sensitivity_report": (),
     "plan": (),
+    "harness": MODEL,
 }
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": str(REPOSITORY),
@@ -110,6 +111,7 @@ def test_an_unknown_key_is_one_sentence(name: str, directory: Path) -> None:
         ("study_traces", r"samples/smollm2-135m/ruler/train\.parquet .*run the samples stage"),
         ("sensitivity", r"traces/smollm2-135m/ruler does not exist; run the stage that makes it"),
         ("sensitivity_report", r"results/sensitivity\.parquet does not exist"),
+        ("harness", r"models/smollm2-135m holds no model; run the model stage"),
         ("track", r"policies/smollm2-135m/ruler/exact/config\.json does not exist; run the train stage"),
     ],
 )
@@ -139,6 +141,7 @@ def test_an_unknown_name_lists_the_known(name: str, arguments: tuple[str, ...], 
         ("evaluate", "cuda:99"),
         ("study_traces", "cuda:99"),
         ("sensitivity", "cuda:99"),
+        ("harness", "cuda:99"),
     ],
 )
 def test_a_device_that_is_not_there_is_one_sentence(name: str, device: str, directory: Path) -> None:
