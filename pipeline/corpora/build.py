@@ -1,10 +1,12 @@
 """From an entry of params.yaml to samples: one call for every kind of corpus. It knows none from inside."""
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.corpora import choice, dialogues, longbench, oasst, ruler
 from pipeline.corpora.samples import SPLITS, Sample, Split
+from pipeline.errors import PipelineError
 from pipeline.params import AnyCorpusParams, LongerParams, RulerParams
 from pipeline.sources import CACHE, fetch, record
 
@@ -29,7 +31,15 @@ def build_samples(
         Directory for intermediate results that an interrupted run continues from.
     progress
         Called with a line for each finished piece, :func:`count_pieces` in all.
+
+    Raises
+    ------
+    PipelineError
+        The corpus is longer than the model's window, or its source cannot be had or does not suffice.
     """
+    if params.kind != "choice":
+        task_lengths = params.task_lengths if params.kind == "ruler" else {}
+        _check_window(model, f"corpora.{name}", max([params.length, *task_lengths.values()]))
     source = fetch(params.source, cache)
     sources = {"source": record(params.source, source)}
     match params.kind:
@@ -57,8 +67,26 @@ def build_longer_samples(
     cache: Path = CACHE,
 ) -> list[Sample]:
     """Validation samples of a corpus at another length, which share nothing with its training samples ``train``."""
+    _check_window(model, f"sensitivity.longer.{name}", longer.length)
     source, splitter = fetch(params.source, cache), fetch(params.sentence_splitter, cache)
     return ruler.build_longer(params, longer, name, source, splitter, model, train, work)
+
+
+def _check_window(model: Path, key: str, length: int) -> None:
+    """Raise where a model was not made for ``length`` tokens: it would answer, and its numbers mean nothing."""
+    path = model / "config.json"
+    if not path.is_file():  # loading the tokenizer will say so
+        return
+    config = json.loads(path.read_text())
+    window = config.get("max_position_embeddings", length)
+    # Some configs give the window before positions are stretched (Qwen2.5 with YaRN), others the one after.
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    window = max(window, rope.get("factor", 1) * rope.get("original_max_position_embeddings", 0))
+    if length > window:
+        raise PipelineError(
+            f"{key}: length {length} is above the {window:.0f} tokens that {model} reads "
+            "(max_position_embeddings in its config.json); shorten it or take a model that reads more."
+        )
 
 
 def count_pieces(params: AnyCorpusParams) -> int:
