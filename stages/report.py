@@ -43,7 +43,7 @@ def report(
         prompts=tables.prompt_table({entry: path for entry, path in files.items() if path.is_file()}),
     )
     drawings = figures.drawings(
-        figures.Tables(numbers.scores, numbers.tasks, tables.cost_curves(cost), training), params.matrix, params.report
+        figures.Tables(numbers.scores, numbers.tasks, tables.cost_curves(cost), training), params
     )
     texts = tokens.read_texts(examples, samples, params.matrix)
     budget = params.evaluation.budgets[len(params.evaluation.budgets) // 2]

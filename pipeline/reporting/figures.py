@@ -3,7 +3,7 @@
 Figures are drawn without pyplot: no global state, no display. Equal tables give equal bytes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -18,7 +18,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 from PIL import Image
 
-from pipeline.params import MatrixParams, ReportParams
+from pipeline.params import Params, ReportParams
 from pipeline.reporting import names, tables
 from pipeline.workdir import atomic_write
 
@@ -46,19 +46,18 @@ LATENCY_LOOKS = {
 SERIES_NOTE = "Dashed: attention-based policies, which see the question. Dotted: the order by true future importance."
 
 
-# Figures of the paper that show scores of the first model; what no figure shows is drawn in one more.
-SCORE_FIGURES = {
-    "2": (
-        ("ruler", "accuracy"),
-        ("dialogues", "perplexity"),
-        ("oasst2", "perplexity"),
-        ("oasst1", "perplexity"),
-    ),
+# Figures of the paper that show scores; what no figure shows is drawn in one more.
+TRAINED_ON = (("ruler", "accuracy"), ("dialogues", "perplexity"), ("oasst2", "perplexity"), ("oasst1", "perplexity"))
+RULER_PERPLEXITY = ("ruler", "perplexity")
+ZERO_SHOT_FIGURES = {
     "3": (("boolq", "accuracy"), ("arc_challenge", "accuracy")),
     "4": (("gov_report", "ROUGE-L"),),
-    "10": (("ruler", "perplexity"),),
     "11": (("mmlu", "accuracy"), ("hellaswag", "normalised accuracy")),
 }
+SCORE_FIGURES = {"2": TRAINED_ON, "10": (RULER_PERPLEXITY,), **ZERO_SHOT_FIGURES}
+# The paper's second model family, and what shows it in place of figures 2 and 10.
+SECOND_MODEL = "phi-4"
+SECOND_MODEL_FIGURES = {"7": (*TRAINED_ON, RULER_PERPLEXITY), **ZERO_SHOT_FIGURES}
 
 
 @dataclass(frozen=True)
@@ -82,14 +81,15 @@ class Tables:
     training: pl.DataFrame
 
 
-def drawings(data: Tables, matrix: MatrixParams, report: ReportParams) -> list[Drawing]:
+def drawings(data: Tables, params: Params) -> list[Drawing]:
     """All figures of this run, in the paper's order."""
     found: list[Drawing] = []
-    percent = f"{report.confidence:.0%}"
-    for place, model in enumerate(matrix.model):
-        found += _score_drawings(data, model, place == 0, percent)
-        for corpus in matrix.corpus:
-            found += _cost_drawings(data.cost_curves, model, corpus, report)
+    for model in params.matrix.model:
+        second = (params.models[model].stands_in_for or model).lower() == SECOND_MODEL
+        score_figures = SECOND_MODEL_FIGURES if second else SCORE_FIGURES
+        found += _score_drawings(data, model, score_figures, f"{params.report.confidence:.0%}")
+        for corpus in params.matrix.corpus:
+            found += _cost_drawings(data.cost_curves, model, corpus, params.report)
     if not data.training.is_empty():
         found.append(
             Drawing(
@@ -250,10 +250,12 @@ def draw_training(training: pl.DataFrame) -> Figure:
     return figure
 
 
-def _score_drawings(data: Tables, model: str, first: bool, percent: str) -> list[Drawing]:
+def _score_drawings(
+    data: Tables, model: str, score_figures: Mapping[str, Collection[tuple[str, str]]], percent: str
+) -> list[Drawing]:
     scores = data.scores.filter(pl.col("model") == model)
     found = []
-    for paper, shown in _score_figures(scores, first):
+    for paper, shown in _score_figures(scores, score_figures):
         part = scores.join(shown, on=["benchmark", "metric"], how="semi")
         number = f"fig{int(paper):02d}" if paper else "more"
         found.append(
@@ -282,14 +284,14 @@ def _score_drawings(data: Tables, model: str, first: bool, percent: str) -> list
     return found
 
 
-def _score_figures(scores: pl.DataFrame, first: bool) -> list[tuple[str, pl.DataFrame]]:
+def _score_figures(
+    scores: pl.DataFrame, score_figures: Mapping[str, Collection[tuple[str, str]]]
+) -> list[tuple[str, pl.DataFrame]]:
     """The paper's number of each figure of scores, with the (benchmark, metric) pairs it shows."""
     there = scores.select("benchmark", "metric").unique().sort("metric", "benchmark")
-    if not first:
-        return [("7", there)]
     wanted = [
         (paper, there.filter(pl.struct("benchmark", "metric").is_in([{"benchmark": b, "metric": m} for b, m in pairs])))
-        for paper, pairs in SCORE_FIGURES.items()
+        for paper, pairs in score_figures.items()
     ]
     rest = there.join(pl.concat([pairs for _, pairs in wanted]), on=["benchmark", "metric"], how="anti")
     return [

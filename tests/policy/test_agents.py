@@ -8,6 +8,7 @@ import torch
 
 from pipeline.errors import PipelineError
 from pipeline.params import AgentParams
+from pipeline.policy import agents
 from pipeline.policy.agents import Policy, PolicyShape, load_policy, save_policy
 
 
@@ -20,10 +21,12 @@ def make_policy(features: tuple[str, ...] = ("position", "age"), seed: int = 0) 
 
 
 @pytest.mark.parametrize("features", [(), ("position",), ("position", "age")])
-def test_stacked_agents_equal_separate_mlps(features: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("graded", [True, False])
+def test_stacked_agents_equal_separate_mlps(features: tuple[str, ...], graded: bool) -> None:
     policy = make_policy(features)
     keys, values = torch.randn(6, 20, 8), torch.randn(6, 20, 8)
-    scores = policy(keys, values)
+    with torch.set_grad_enabled(graded):  # without gradients, a CPU computes them another way
+        scores = policy(keys, values)
     for head in range(6):
         for token in range(20):
             inputs = torch.cat([keys[head, token], values[head, token]]).double()
@@ -56,6 +59,16 @@ def test_one_layer_gives_the_same_scores_as_all_layers() -> None:
     policy = make_policy()
     keys, values = torch.randn(6, 20, 8), torch.randn(6, 20, 8)
     torch.testing.assert_close(policy(keys[2:4], values[2:4], layer=1), policy(keys, values)[2:4])
+
+
+@pytest.mark.parametrize("units", [1, 16 * 7, 16 * 6 * 7])
+def test_scores_are_the_same_in_blocks_of_any_size(units: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy()
+    keys, values = torch.randn(6, 20, 8), torch.randn(6, 20, 8)
+    whole, layer = policy(keys, values), policy(keys[2:4], values[2:4], layer=1)
+    monkeypatch.setitem(agents.UNITS_PER_BLOCK, "cpu", units)
+    torch.testing.assert_close(policy(keys, values), whole)
+    torch.testing.assert_close(policy(keys[2:4], values[2:4], layer=1), layer)
 
 
 def test_parameters_are_counted_exactly() -> None:

@@ -22,7 +22,7 @@ def data(finished: tuple[Path, Params]) -> figures.Tables:
 @pytest.fixture(scope="module")
 def drawings(data: figures.Tables, finished: tuple[Path, Params]) -> list[figures.Drawing]:
     _, params = finished
-    return figures.drawings(data, params.matrix, params.report)
+    return figures.drawings(data, params)
 
 
 def test_every_figure_is_drawn_twice_with_the_same_bytes(drawings: list[figures.Drawing], tmp_path: Path) -> None:
@@ -49,19 +49,30 @@ def with_scores(data: figures.Tables, *shown: tuple[str, str, str]) -> figures.T
     return figures.Tables(scores, data.tasks.clear(), data.cost_curves.clear(), data.training.clear())
 
 
-def test_a_second_model_is_figure_7(data: figures.Tables, finished: tuple[Path, Params]) -> None:
+def with_models(params: Params, **stands_in_for: str | None) -> Params:
+    """Models by name, with what each stands in for."""
+    (one,) = params.models.values()
+    models = {name: one.model_copy(update={"stands_in_for": other}) for name, other in stands_in_for.items()}
+    matrix = params.matrix.model_copy(update={"model": tuple(models)})
+    return params.model_copy(update={"matrix": matrix, "models": models})
+
+
+@pytest.mark.parametrize(("name", "stands_in_for"), [("gemma", "Phi-4"), ("phi-4", None)])
+def test_the_second_model_family_is_figure_7(
+    data: figures.Tables, finished: tuple[Path, Params], name: str, stands_in_for: str | None
+) -> None:
     _, params = finished
-    matrix = params.matrix.model_copy(update={"model": ("first", "second")})
-    both = with_scores(data, ("first", "ruler", "accuracy"), ("second", "ruler", "accuracy"))
-    files = [drawing.file for drawing in figures.drawings(both, matrix, params.report)]
-    assert files == ["fig02_first_scores_vs_budget.png", "fig07_second_scores_vs_budget.png"]
+    shown = [("ruler", "accuracy"), ("ruler", "perplexity"), ("oasst2", "perplexity"), ("boolq", "accuracy")]
+    scores = with_scores(data, *((model, *pair) for model in ("first", name) for pair in shown))
+    found = figures.drawings(scores, with_models(params, **{"first": "Qwen2.5-7B-Instruct", name: stands_in_for}))
+    numbers = {model: [drawing.paper for drawing in found if f"_{model}_" in drawing.file] for model in ("first", name)}
+    assert numbers == {"first": ["2", "3", "10"], name: ["3", "7"]}
 
 
 def test_each_benchmark_is_in_the_papers_figure_and_the_rest_in_one_more(
     data: figures.Tables, finished: tuple[Path, Params], tmp_path: Path
 ) -> None:
     _, params = finished
-    matrix = params.matrix.model_copy(update={"model": ("m",)})
     shown = {
         "fig02": [("ruler", "accuracy"), ("oasst2", "perplexity")],
         "fig03": [("arc_challenge", "accuracy"), ("boolq", "accuracy")],
@@ -71,7 +82,7 @@ def test_each_benchmark_is_in_the_papers_figure_and_the_rest_in_one_more(
         "more": [("longbench", "F1"), ("own", "perplexity")],
     }
     many = with_scores(data, *(("m", *pair) for pairs in shown.values() for pair in pairs))
-    found = figures.drawings(many, matrix, params.report)
+    found = figures.drawings(many, with_models(params, m=None))
     assert [drawing.file for drawing in found] == [f"{number}_m_scores_vs_budget.png" for number in shown]
     for drawing, pairs in zip(found, shown.values(), strict=True):
         assert all(f"{names.corpus_title(benchmark)} {metric}" in drawing.title for benchmark, metric in pairs)
