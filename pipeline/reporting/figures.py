@@ -35,6 +35,8 @@ RC: Any = {
     "svg.hashsalt": "kvp",
 }
 DPI = 110
+# Inches that the legend of all policies takes.
+LEGEND_HEIGHT = 4.4
 # A grid of more layers than this cannot be read on a page; every layer's first head is in figure 15.
 GRID_LAYERS = 16
 LATENCY_LOOKS = {
@@ -169,7 +171,7 @@ def draw_latency(latency: pl.DataFrame) -> Figure:
 def draw_scores(scores: pl.DataFrame) -> Figure:
     """Each benchmark's metric against the budget, one panel for each (figure 2)."""
     panels = scores.select("benchmark", "metric").unique().sort("metric", "benchmark").rows()
-    figure, grid = _grid(len(panels), columns=min(3, len(panels)), panel=(6.2, 5.0), sharex=False, sharey=False)
+    figure, grid = _grid(len(panels), columns=3, panel=(6.2, 5.0), sharex=False, sharey=False)
     for axes, (benchmark, metric) in zip(grid, panels, strict=True):
         part = scores.filter(pl.col("benchmark") == benchmark, pl.col("metric") == metric)
         _score_axes(axes, part, bands=True)
@@ -183,7 +185,7 @@ def draw_scores(scores: pl.DataFrame) -> Figure:
 def draw_tasks(tasks: pl.DataFrame) -> Figure:
     """Accuracy against budget for each task of one benchmark (figure 13)."""
     panels = sorted(tasks["task"].unique().to_list(), key=names.task_order)
-    figure, grid = _grid(len(panels), columns=min(5, len(panels)), panel=(3.1, 2.6), sharey=True)
+    figure, grid = _grid(len(panels), columns=5, panel=(3.1, 2.6), sharey=True)
     for axes, task in zip(grid, panels, strict=False):
         _score_axes(axes, tasks.filter(pl.col("task") == task), bands=False)
         axes.set_title(task, fontsize=11)
@@ -214,7 +216,7 @@ def draw_cost_grid(curves: pl.DataFrame, heads: Sequence[tuple[int, int]], colum
         axes.set_title(f"layer {layer}, head {kv_head}", fontsize=10, pad=3)
         axes.tick_params(labelsize=8.5)
     figure.supxlabel("budget / cache size")
-    figure.supylabel("importance of evicted tokens (share of the best order's total)")
+    figure.supylabel("importance of evicted tokens\n(share of the best order's total)")
     _legend(figure, tables.series(curves))
     return figure
 
@@ -223,7 +225,7 @@ def draw_training(training: pl.DataFrame) -> Figure:
     """Validation cost against step, exact against rloo, one panel for each model and corpus."""
     validation = training.filter(pl.col("metric") == "validation_cost")
     panels = validation.select("model", "corpus").unique(maintain_order=True).rows()
-    figure, grid = _grid(len(panels), columns=min(2, len(panels)), panel=(5.4, 4.2), sharey=False)
+    figure, grid = _grid(len(panels), columns=2, panel=(5.4, 4.2), sharey=False)
     for axes, (model, corpus) in zip(grid, panels, strict=False):
         for estimator in ("exact", "rloo"):
             look = names.style(f"kvp-{estimator}", corpus)
@@ -431,8 +433,9 @@ def _figure(width: float, height: float) -> Figure:
 def _grid(
     count: int, columns: int, panel: tuple[float, float], sharey: bool, sharex: bool = True
 ) -> tuple[Figure, list[Axes]]:
+    columns = min(columns, count)
     rows = -(-count // columns)
-    figure = _figure(panel[0] * columns + 2.4, panel[1] * rows + 0.6)
+    figure = _figure(panel[0] * columns + 2.4, max(LEGEND_HEIGHT, panel[1] * rows + 0.6))
     axes = list(figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey).flat)
     for place, unused in enumerate(axes[count:], start=count):
         unused.set_visible(False)

@@ -1,5 +1,7 @@
+from dataclasses import replace
 from pathlib import Path
 
+import matplotlib
 import polars as pl
 import pytest
 
@@ -30,6 +32,19 @@ def test_every_figure_is_drawn_twice_with_the_same_bytes(drawings: list[figures.
         first = figures.save(drawing, tmp_path / "first").read_bytes()
         assert first.startswith(b"\x89PNG")
         assert first == figures.save(drawing, tmp_path / "second").read_bytes(), drawing.file
+
+
+def test_nothing_is_cut_off_however_few_heads_there_are(data: figures.Tables, finished: tuple[Path, Params]) -> None:
+    _, params = finished
+    few = replace(data, cost_curves=data.cost_curves.filter(layer=data.cost_curves["layer"].min()))
+    for tables_of in (data, few):
+        for drawing in figures.drawings(tables_of, params):
+            with matplotlib.rc_context(figures.RC):
+                figure = drawing.draw()
+                figure.draw_without_rendering()
+                box = figure.get_tightbbox()  # inches
+            width, height = figure.get_size_inches()
+            assert min(box.x0, box.y0, width - box.x1, height - box.y1) > -0.01, drawing.file
 
 
 def test_file_names_carry_the_numbers_of_the_paper(drawings: list[figures.Drawing]) -> None:
