@@ -7,9 +7,10 @@ for each, and its time is multiplied by the number of budgets; --all-pairs runs 
 """
 
 import itertools
+import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ from kvpress import BasePress
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from perf.measure import model_or_exit, write_result
+from perf.measure import interleaved, median_ratio, model_or_exit, write_result
 from pipeline.corpora import ruler
 from pipeline.corpora.samples import Sample
 from pipeline.evaluation.decode import greedy_decode
@@ -112,11 +113,50 @@ def make_sample(length: int, model_directory: Path) -> Sample:
         return ruler.build(params, "ruler", *sources, model_directory, Path(work))["test"][0]
 
 
+def compare(
+    sweep: Sweep,
+    sample: Sample,
+    scores: Mapping[PolicyKey, Callable[[LayerCache], Tensor]],
+    pairs: Sequence[tuple[PolicyKey, int]],
+    turns: int,
+) -> dict[str, Any]:
+    """One sweep and the pairs in turns; the time of the pairs is that of all policies and budgets."""
+    ids = torch.tensor(sample.input_ids[: sample.context_len], device=sweep.model.device)
+    answers: dict[str, Any] = {}
+
+    def ours() -> None:
+        answers["sweep"], answers["parts"] = whole_sweep(sweep, sample)
+
+    def theirs() -> None:
+        answers["pairs"] = [
+            one_pair(sweep.model, OneBudget(scores[key], budget, sweep.evaluation), ids, sweep.end_tokens)
+            for key, budget in pairs
+        ]
+
+    seconds = interleaved({"sweep": ours, "pairs": theirs}, turns, sweep.model.device.type, warm_up=0)
+    whole = [measured * len(scores) * len(BUDGETS) / len(pairs) for measured in seconds["pairs"]]
+    ratio, lowest, highest = median_ratio(whole, seconds["sweep"])
+    texts = answers["sweep"]
+    return {
+        "context_tokens": len(ids),
+        "sweep_seconds": statistics.median(seconds["sweep"]),
+        "sweep_parts": answers["parts"],
+        "full_text_tokens": len(texts[FULL, None]),
+        "per_pair_seconds": statistics.median(whole),
+        "pairs_measured": len(pairs),
+        "equal_texts": sum(text == texts[pair] for text, pair in zip(answers["pairs"], pairs, strict=True)),
+        "ratio": ratio,
+        "lowest_ratio": lowest,
+        "highest_ratio": highest,
+    }
+
+
 def main(
     model_directory: Annotated[Path, typer.Option(help="What the model stage wrote.")] = Path("models/smollm2-135m"),
     device: str = "cpu",
     lengths: Annotated[str, typer.Option(help="Tokens, comma-separated.")] = "1024,4096",
-    all_pairs: Annotated[bool, typer.Option(help="Run all pairs on the other side: 5 and 20 minutes.")] = False,
+    all_pairs: Annotated[bool, typer.Option(help="All pairs on the other side: 5 and 15 minutes a turn.")] = False,
+    turns: Annotated[int, typer.Option(help="How often both sides run.")] = 3,
 ) -> None:
     """Time one sweep against one prefill and one decode per pair."""
     model = model_or_exit(model_directory, device)
@@ -137,36 +177,20 @@ def main(
     found = {}
     for length in map(int, lengths.split(",")):
         sample = make_sample(length, model_directory)
-        ids = torch.tensor(sample.input_ids[: sample.context_len], device=device)
         sweep.run(sample, SEED)  # warm
-        started = time.perf_counter()
-        texts, parts = whole_sweep(sweep, sample)
-        ours = time.perf_counter() - started
         pairs = list(itertools.product(scores, BUDGETS))
         if not all_pairs:
             pairs = [(key, BUDGETS[place % len(BUDGETS)]) for place, key in enumerate(scores)]
-        started, same = time.perf_counter(), 0
-        for key, budget in pairs:
-            text = one_pair(model, OneBudget(scores[key], budget, evaluation), ids, sweep.end_tokens)
-            same += text == texts[key, budget]
-        theirs = (time.perf_counter() - started) * len(scores) * len(BUDGETS) / len(pairs)
+        found[str(length)] = row = compare(sweep, sample, scores, pairs, turns)
+        parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row["sweep_parts"].items())
         print(
-            f"RULER {TASK}, {len(ids)} tokens, {len(scores)} policies x {len(BUDGETS)} budgets, {NEW_TOKENS} tokens: "
-            f"sweep {ours:.1f} s ({', '.join(f'{name} {seconds:.1f}' for name, seconds in parts.items())}), a prefill "
-            f"and a decode per pair {theirs:.0f} s ({len(pairs)} pairs measured), ratio {theirs / ours:.1f}; "
-            f"{same} of {len(pairs)} texts equal",
+            f"RULER {TASK}, {sample.context_len} tokens, {len(scores)} policies x {len(BUDGETS)} budgets, {NEW_TOKENS} "
+            f"tokens: sweep {row['sweep_seconds']:.1f} s ({parts}), a prefill and a decode per pair "
+            f"{row['per_pair_seconds']:.0f} s ({len(pairs)} pairs measured), ratio {row['ratio']:.1f} "
+            f"({row['lowest_ratio']:.1f} to {row['highest_ratio']:.1f}); {row['equal_texts']} of {len(pairs)} texts "
+            "equal",
             flush=True,
         )
-        found[str(length)] = {
-            "context_tokens": len(ids),
-            "sweep_seconds": ours,
-            "sweep_parts": parts,
-            "full_text_tokens": len(texts[FULL, None]),
-            "per_pair_seconds": theirs,
-            "pairs_measured": len(pairs),
-            "equal_texts": same,
-            "ratio": theirs / ours,
-        }
     print(write_result("sweep", device, {"policies": len(scores), "budgets": BUDGETS, "lengths": found}))
 
 

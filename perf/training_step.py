@@ -5,7 +5,7 @@
 SmolLM2-135M: 30 layers x 3 KV heads of width 64, 960 tokens, both estimators. Both sides read the same float16
 states, normalise them, score, differentiate, clip at 5 and step AdamW; the loop is what one writes with nn.Sequential
 and torch.optim.AdamW as they come. It also prints what no implementation can beat on this machine: the FLOPs of the
-step at the rate of one large product of matrices.
+step at the rate of one large product of matrices, and with --profile where the stacked step spends its time.
 """
 
 import argparse
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=960)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="print the operators of one stacked step")
     arguments = parser.parse_args()
     device, tokens = arguments.device, arguments.tokens
     params = load_params().train
@@ -100,6 +101,10 @@ def main() -> None:
             work()
         gradient_error = loop.distance()
         seconds = interleaved(works, arguments.repeats, device, warm_up=0)
+        if arguments.profile:
+            with torch.profiler.profile() as profiled:
+                stacked()
+            print(profiled.key_averages().table(f"self_{torch.device(device).type}_time_total", row_limit=12))
         ratio, lowest, highest = median_ratio(seconds["loop"], seconds["stacked"])
         best = {name: min(times) for name, times in seconds.items()}
         print(
