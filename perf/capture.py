@@ -1,6 +1,6 @@
 """Trace capture against a prefill without it, and against a prefill that returns all attention weights.
 
-All run the same body on the same tokens with an empty ``DynamicCache``, without logits: plainly (transformers' default,
+All run the same model on the same tokens with an empty ``DynamicCache``: plainly (transformers' default,
 ``sdpa``), captured (``pipeline/traces/capture.py``), and with ``output_attentions=True``, which transformers computes
 with its ``eager`` attention. The model is SmolLM2, or one of random weights (``--random``). Peak memory on a CPU is
 measured in processes of its own.
@@ -20,14 +20,15 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from perf.measure import RANDOM_MODELS, benchmark_model, interleaved, median_ratio, write_result
-from pipeline.traces.capture import attention_implementation, capture_sequence
+from pipeline.attention import attention_implementation
+from pipeline.traces.capture import capture_sequence
 
 BLOCK_SIZE = 64  # of the default profile
 
 
 @torch.inference_mode()
 def prefill(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    model.base_model(input_ids=ids[None].to(model.device), past_key_values=DynamicCache(), use_cache=True)
+    model(input_ids=ids[None].to(model.device), past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
 
 
 def capture(model: PreTrainedModel, ids: torch.Tensor, query_chunk: int) -> None:
@@ -37,9 +38,12 @@ def capture(model: PreTrainedModel, ids: torch.Tensor, query_chunk: int) -> None
 @torch.inference_mode()
 def prefill_with_weights(model: PreTrainedModel, ids: torch.Tensor) -> None:
     with attention_implementation(model, "eager"):
-        body = model.base_model
-        body(
-            input_ids=ids[None].to(model.device), past_key_values=DynamicCache(), use_cache=True, output_attentions=True
+        model(
+            input_ids=ids[None].to(model.device),
+            past_key_values=DynamicCache(),
+            use_cache=True,
+            logits_to_keep=1,
+            output_attentions=True,
         )
 
 

@@ -18,8 +18,9 @@ from typing import Annotated, Any, cast
 
 import torch
 import typer
-from kvpress import BasePress
+from kvpress import BasePress, SnapKVPress
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from perf.measure import benchmark_model, interleaved, median_ratio, wait, write_result
@@ -38,6 +39,8 @@ BUDGETS = (48, 64, 96, 128, 192, 256, 384, 512)
 NEW_TOKENS = 32
 TASK = "niah_multiquery"
 SEED = 0
+# Policy -> how many of the last queries it looks at.
+OBSERVED = {"snapkv": SnapKVPress.window_size, "tova": 1}
 
 
 @dataclass
@@ -45,6 +48,7 @@ class OneBudget(BasePress):  # type: ignore[misc]  # kvpress is untyped
     """Keeps what one policy ranks first, as the sweep does; the last token is left out, to be fed again."""
 
     score: Callable[[LayerCache], Tensor]
+    queries: int  # whose attention is looked at
     budget: int
     evaluation: EvaluationParams
 
@@ -52,7 +56,13 @@ class OneBudget(BasePress):  # type: ignore[misc]  # kvpress is untyped
         self, module: Any, hidden_states: Tensor, keys: Tensor, values: Tensor, attentions: Any, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Keys and values (1, kv_heads, budget - 1, head_dim)."""
-        scores = self.score(LayerCache(module, hidden_states, keys, values, kwargs, SEED))
+        weights = hidden_states.new_zeros(1, module.config.num_attention_heads, 0, keys.shape[2] - self.queries)
+        if self.queries:  # as kvpress itself does it: queries are computed again
+            weights = SnapKVPress.compute_window_attention(
+                module, hidden_states, keys, self.queries, kwargs["position_embeddings"]
+            )
+        attention = F.pad(weights[0].float(), (0, self.queries))
+        scores = self.score(LayerCache(module.layer_idx, keys[0], values[0], attention, SEED))
         ranking = protected_ranking(scores, self.evaluation.n_sink, self.evaluation.n_recent)
         kept = kept_tokens(ranking, self.budget)[None, :, :-1]
         return gather_tokens(keys[0], kept), gather_tokens(values[0], kept)
@@ -139,7 +149,12 @@ def compare(
 
     def theirs() -> None:
         answers["pairs"] = [
-            one_pair(sweep.model, OneBudget(scores[key], budget, sweep.evaluation), ids, sweep.end_tokens)
+            one_pair(
+                sweep.model,
+                OneBudget(scores[key], OBSERVED.get(key.policy, 0), budget, sweep.evaluation),
+                ids,
+                sweep.end_tokens,
+            )
             for key, budget in pairs
         ]
 
@@ -185,7 +200,7 @@ def main(
     tokenizer = cast(PreTrainedTokenizerBase, None) if random else load_tokenizer(model_directory)
     sweep = Sweep(model, tokenizer, policies, evaluation, traces, BUDGETS)
     scores: dict[PolicyKey, Callable[[LayerCache], Tensor]] = {
-        key: lambda cache, policy=policy: policy(cache.keys[0], cache.values[0], layer=int(cache.module.layer_idx))
+        key: lambda cache, policy=policy: policy(cache.keys, cache.values, layer=cache.number)
         for key, policy in policies.items()
     } | {PolicyKey(name): score for name, score in BASELINES.items()}
     found = {}
