@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 from pipeline.corpora.samples import Sample
 from pipeline.errors import PipelineError
 from pipeline.layers import full_attention_layers
-from pipeline.traces.shards import MANIFEST, TraceReader, as_float16, shard_name
+from pipeline.traces.shards import MANIFEST, TraceReader, as_float16, remove_unfinished, shard_name
 from pipeline.workdir import atomic_write, hash_file, write_json
 
 
@@ -153,7 +153,8 @@ def write_hidden_shard(
 
 
 def write_hidden_manifest(root: Path, width: int) -> None:
-    """Write manifest.json over the files that lie under ``root``."""
+    """Write manifest.json over the files that lie under ``root``; what a killed process left half-written goes."""
+    remove_unfinished(root)
     files = {str(path.relative_to(root)): hash_file(path) for path in sorted(root.glob("*/hidden=*/shard-*.parquet"))}
     write_json(root / MANIFEST, {"hidden_size": width, "files": files})
 
