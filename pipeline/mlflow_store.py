@@ -136,9 +136,10 @@ def tracking_uri(root: Path) -> str:
     if given := os.environ.get("MLFLOW_TRACKING_URI"):
         return given
     path = str(root / "mlflow.db")
-    if "?" in path or "%" in path:
-        # Only in SQLite's own kind of address can these be quoted; in SQLAlchemy's, "?" ends the path.
-        return f"sqlite:///file:{quote(path)}?uri=true"
+    if "%" in path or "?" in path:
+        # SQLAlchemy wants them quoted, and MLflow would make a directory of the quoted name; seen from here there are
+        # none.
+        path = quote(os.path.relpath(path), safe="/ ")
     return f"sqlite:///{path}"
 
 

@@ -27,6 +27,7 @@ def ui(port: Annotated[int, typer.Option(help="Port on this computer.", min=1, m
     sys.stderr.flush()
     # No answer on other addresses than this computer's: the pages ask for no password.
     command = ["mlflow", "ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--workers", "1"]  # for one reader; MLflow's four take as many times as long to start
     os.execv(sys.executable, [sys.executable, "-m", *command])
 
 
