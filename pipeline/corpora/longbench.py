@@ -282,9 +282,9 @@ class _ReadyRow(_Columns):
     prompt: FilledText
 
 
-_SENTENCES = dict.fromkeys(
-    ("context", "input", "prompt"), ": context, input and prompt must be text; correct or drop the row"
-) | {"answers": " has no answers; give a list of strings"}
+_SENTENCES = dict.fromkeys(("context", "input", "prompt"), ": context, input and prompt must be text") | {
+    "answers": " has no answers as a list of strings"
+}
 
 
 def _task_of(row: Row, place: str) -> Any:

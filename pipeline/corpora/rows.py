@@ -156,8 +156,9 @@ def validated(
         reason = f"{column}: {reason}" if column else reason
         if not absent and problem["input"] is not row:
             reason += f", not {_short(problem['input'])}"
-        sentence = sentences.get(str(place[0]) if place else "", f" is no row of {kind}; correct or drop it")
-        raise PipelineError(f"{where}{sentence} ({reason.replace('Input should', 'it should')}).") from None
+        sentence = sentences.get(str(place[0]) if place else "", f" is no row of {kind}")
+        reason = reason.replace("Input should", "it should")
+        raise PipelineError(f"{where}{sentence} ({reason}); correct or drop the row.") from None
 
 
 def whole_number(value: Any) -> Any:
@@ -205,8 +206,9 @@ Identifier = Annotated[FilledText, BeforeValidator(_identifier)]
 
 
 def _parquet_rows(file: Path) -> list[Row]:
-    # Without partitioning: a folder called label=1 would give every row of its files a column of that name.
-    table = pq.read_table(file, partitioning=None)
+    # Not read_table: to it, a folder called label=1 gives every row of its files a column of that name.
+    with pq.ParquetFile(file) as opened:
+        table = opened.read()
     if len(set(table.column_names)) < table.num_columns:
         raise ValueError("two of its columns have one name")
     rows: list[Row] = table.to_pylist()
