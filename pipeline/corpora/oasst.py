@@ -134,7 +134,11 @@ def english_threads(messages: Sequence[dict[str, Any]]) -> list[Thread]:
         if usable and message["role"] in ROLES:
             children[message["parent_id"]].append(message)
 
-    def walk(message: dict[str, Any], path: tuple[Message, ...]) -> Iterator[Thread]:
+    roots = sorted(children[None], key=lambda message: str(message["message_id"]), reverse=True)
+    waiting: list[tuple[dict[str, Any], tuple[Message, ...]]] = [(r, ()) for r in roots if r["role"] == "prompter"]
+    threads = []
+    while waiting:
+        message, path = waiting.pop()
         path = (*path, {"role": ROLES[message["role"]], "content": message["text"].strip()})
         replies = [reply for reply in children[message["message_id"]] if reply["role"] != message["role"]]
         if message["role"] == "prompter" and replies:
@@ -142,12 +146,10 @@ def english_threads(messages: Sequence[dict[str, Any]]) -> list[Thread]:
         # A prompt that nobody answered ends its path at the reply before it.
         replies = [reply for reply in replies if reply["role"] == "assistant" or children[reply["message_id"]]]
         if not replies and message["role"] == "assistant":
-            yield Thread(message["message_tree_id"], message["message_id"], path)
-        for reply in sorted(replies, key=lambda reply: str(reply["message_id"])):
-            yield from walk(reply, path)
-
-    roots = sorted(children[None], key=lambda message: str(message["message_id"]))
-    return [thread for root in roots if root["role"] == "prompter" for thread in walk(root, ())]
+            threads.append(Thread(message["message_tree_id"], message["message_id"], path))
+        following = sorted(replies, key=lambda reply: str(reply["message_id"]), reverse=True)
+        waiting += [(reply, path) for reply in following]
+    return threads
 
 
 def assign_trees(threads: Sequence[Thread], fitting: Set[str], params: OasstParams) -> dict[str, Split]:

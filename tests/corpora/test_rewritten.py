@@ -5,6 +5,7 @@ polars, DuckDB, jq and Windows tools make of the data sets that the readers know
 """
 
 import gzip
+import json
 import math
 import zipfile
 from collections.abc import Callable
@@ -233,6 +234,55 @@ def test_messages_that_are_none_are_refused(rows: list[dict[str, Any]], text: st
     with pytest.raises(PipelineError, match=text) as caught:
         read_messages(path)
     assert only(caught).startswith(str(path))
+
+
+def test_a_dialogue_of_any_depth_is_one_thread(tmp_path: Path) -> None:
+    roles = ("prompter", "assistant")
+    rows = [message(f"m{i}", f"m{i - 1}" if i else None, "t", roles[i % 2]) for i in range(3000)]
+    (thread,) = english_threads(read_messages(write(tmp_path / "rows.jsonl", rows)))
+    assert len(thread.turns) == 3000
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.just("\ud800"),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "replies", "a"]), inner),
+    max_leaves=6,
+)
+READERS: dict[str, tuple[Callable[[Path], Any], list[dict[str, Any]]]] = {
+    **{task: (lambda path, task=task: read_questions(task, path), HUB_ROWS[task]) for task in TASKS},
+    "messages": (lambda path: english_threads(read_messages(path)), TREE),
+    "trees": (lambda path: english_threads(read_messages(path)), [nested(TREE)]),
+    **{
+        task: (lambda path, task=task: read_documents(task, path), [longbench_row(task)])
+        for task in ("trec", "lcc", "qasper")
+    },
+}
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
+@given(
+    name=st.sampled_from(sorted(READERS)),
+    changes=st.dictionaries(st.integers(0, 20), ANYTHING, min_size=1, max_size=3),
+    inside=st.booleans(),
+)
+def test_no_reader_ends_in_a_traceback(name: str, changes: dict[int, Any], inside: bool, tmp_path: Path) -> None:
+    read, rows = READERS[name]
+    rows = json.loads(json.dumps(rows))
+    for place, value in changes.items():
+        row = rows[place % len(rows)]
+        # A tree's columns are those of its messages.
+        row = row["prompt"] if inside and isinstance(row.get("prompt"), dict) else row
+        row[sorted(row)[place % len(row)]] = value
+    path = write(tmp_path / "rows.jsonl", rows)
+    try:
+        read(path)
+    except PipelineError as error:
+        text = str(error)
+    else:
+        return
+    assert text.startswith(str(path))
+    assert "\n" not in text
+    text.encode()
 
 
 def test_messages_without_their_parent_are_left_out(tmp_path: Path) -> None:
