@@ -52,8 +52,15 @@ def build_samples(
         _check_window(model, f"corpora.{name}", max([params.length, *task_lengths.values()]))
     source = fetch(params.source, cache)
     sources = {"source": record(params.source, source)}
-    if params.kind != "choice" and (settings := template_settings(load_tokenizer(model))):
-        sources["chat_template"] = settings
+    if params.kind != "choice":
+        tokenizer = load_tokenizer(model)
+        if not tokenizer.chat_template and (model / "chat_template.json").is_file():
+            raise PipelineError(
+                f"{model}/chat_template.json holds a template that its tokenizer does not have; save it as "
+                "chat_template.jinja, or remove it to read the model as a base model."
+            )
+        if settings := template_settings(tokenizer):
+            sources["chat_template"] = settings
     match params.kind:
         case "dialogues":
             samples = dialogues.build(params, name, source, model, progress)

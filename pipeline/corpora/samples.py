@@ -1,5 +1,6 @@
 """The one schema every corpus is turned into, and its Parquet file. It knows no corpus."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -145,8 +146,17 @@ def _check(path: Path, samples: Sequence[Sample]) -> None:
             raise PipelineError(f"{path}: the question of sample {sample.sample_id} starts outside its prompt; fix it.")
         if min(min(ids, default=0) for ids in (sample.input_ids, *sample.choices)) < 0:
             raise PipelineError(f"{name} has a negative token id; build the samples again.")
+        if not _is_object(sample.meta):
+            raise PipelineError(f"{name} has a meta that is no JSON object; build the samples again.")
         if sample.gold is not None and sample.gold < 0:
             raise PipelineError(f"{name} names choice {sample.gold} as right, which is none; build the samples again.")
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
 
 
 def _has_null(value: Any, optional: bool) -> bool:

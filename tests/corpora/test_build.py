@@ -119,3 +119,7 @@ def test_what_a_template_was_told_is_recorded(tmp_path: Path) -> None:
         assert recorded[name]["source"]["licence"] == "MIT"
     assert recorded["dated"]["chat_template"] == {"date": "2024-07-26", "thinking": "off"}
     assert "chat_template" not in recorded["plain"] | recorded["base"]
+    # Where a processor has the template, the tokenizer's prompts would be those of a base model.
+    (tmp_path / "base/chat_template.json").write_text(json.dumps({"chat_template": tiny.CHATML}))
+    with pytest.raises(PipelineError, match=r"base/chat_template\.json holds a template that its tokenizer does not"):
+        build_samples(params, "longbench", tmp_path / "base", tmp_path)

@@ -97,6 +97,8 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
         ("sample_id", "a", "share a sample_id"),
         ("sample_id", None, "row 1 has no value in its column sample_id"),
         ("split", "dev", r"sample b is of no split \(dev\)"),
+        ("meta", "{", "sample b has a meta that is no JSON object"),
+        ("meta", "[]", "sample b has a meta that is no JSON object"),
         ("metric", None, "row 1 has no value in its column metric"),
     ],
 )
