@@ -61,7 +61,7 @@ def export_model(source: Path, out: Path, finished: Callable[[str], None] = lamb
         for file in files:
             _copy(file, out / file.name)
             finished(file.name)
-    elif not out.is_dir():  # else it is whole
+    elif not (out / "config.json").is_file():  # else it is whole
         # Libraries write several files, and files of theirs meanwhile: their folder becomes the output as a whole.
         temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
         try:

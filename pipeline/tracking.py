@@ -25,7 +25,7 @@ from filelock import FileLock
 from pipeline.errors import PipelineError
 from pipeline.params import Params
 from pipeline.reporting import tables
-from pipeline.workdir import hash_file
+from pipeline.workdir import hash_file, repository_root
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -118,11 +118,6 @@ def log_evaluation(results: Path, reports: Path, params: Params) -> list[str]:
 def tracking_uri(root: Path) -> str:
     """MLFLOW_TRACKING_URI, or the SQLite database at ``root``."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
-
-
-def repository_root() -> Path:
-    """Where the database lies: DVC_ROOT, which in a temporary experiment is the user's own checkout."""
-    return Path(os.environ.get("DVC_ROOT") or Path.cwd()).resolve()
 
 
 def _log_model_evaluation(

@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,12 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def hash_path(path: Path) -> str:
+def repository_root() -> Path:
+    """The user's own checkout: DVC_ROOT, which a temporary or queued experiment sets too, or the current folder."""
+    return Path(os.environ.get("DVC_ROOT") or Path.cwd()).resolve()
+
+
+def hash_path(path: Path, hash_file: Callable[[Path], str] = hash_file) -> str:
     """sha256 over a file, or over a directory's relative names and contents, symbolic links followed."""
     if path.is_file():
         return hash_file(path)

@@ -17,6 +17,7 @@ def track(
     """Log what MLflow does not have yet: stages restored from DVC's cache have logged nothing."""
     from pipeline import tracking
     from pipeline.params import load_params
+    from pipeline.workdir import repository_root
 
     params = load_params(params_file)
     for model in params.matrix.model:
@@ -24,7 +25,7 @@ def track(
             for estimator in params.matrix.estimator:
                 tracking.log_training(policies / model / corpus / estimator)
     tracking.log_evaluation(results, reports, params)
-    uri = tracking.tracking_uri(tracking.repository_root())
+    uri = tracking.tracking_uri(repository_root())
     typer.echo(f"Compare the runs with: mlflow ui --backend-store-uri {uri}", err=True)
 
 

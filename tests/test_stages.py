@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).parent.parent
 MODEL = ("--model", "smollm2-135m")
 RULER = (*MODEL, "--corpus", "ruler")
 ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "sources": (),
     "model": MODEL,
     "samples": RULER,
     "traces": RULER,
