@@ -11,6 +11,8 @@ export DVC_NO_ANALYTICS := true
 .PHONY: repro test bench
 repro: $(VENV)/installed
 	$(if $(PROFILE),cp profiles/$(PROFILE).yaml params.yaml)
+	# A copy of the files without their repository: DVC must not look for one.
+	git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true
 	dvc repro
 	python -m stages.track
 
