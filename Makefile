@@ -2,13 +2,14 @@
 # make repro PROFILE=ci  copies profiles/ci.yaml to params.yaml first
 # make test              the tests, two files at a time, the longest one first
 # make bench             the benchmarks of speed, one after the other; results in perf/results
+# make gpu               the checks and benchmarks that need a GPU; results in perf/results
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DVC_NO_ANALYTICS := true
 
-.PHONY: repro test bench
+.PHONY: repro test bench gpu
 repro: $(VENV)/installed
 	$(if $(PROFILE),cp profiles/$(PROFILE).yaml params.yaml)
 	# A copy of the files without their repository: DVC must not look for one.
@@ -23,8 +24,11 @@ test: $(VENV)/installed
 	python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/installed
-	set -e; for script in $(filter-out perf/__init__.py perf/measure.py,$(wildcard perf/*.py)); do \
+	set -e; for script in $(filter-out perf/__init__.py perf/measure.py perf/gpu.py,$(wildcard perf/*.py)); do \
 		python -m perf.$$(basename $$script .py); done
+
+gpu: $(VENV)/installed
+	python -m perf.gpu
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
