@@ -36,8 +36,8 @@ CACHE = Path(".cache/sources")
 
 # What DVC and the stages delete and replace.
 OWNED = (
-    *("sources", "models", "samples", "traces", "study_traces", "policies", "evaluations", "examples", "results"),
-    *("reports", "metrics", "plots", STAGING, ".work", ".dvc", ".git"),
+    *("sources", "models", "checks", "samples", "traces", "study_traces", "policies", "evaluations", "examples"),
+    *("results", "reports", "metrics", "plots", STAGING, ".work", ".dvc", ".git"),
 )
 
 # Weights in formats that no part of this project reads, of which repositories often carry several; and code.

@@ -1,5 +1,6 @@
 """Exporting models: an explicit set of whole files, every weight of the source and no others, never any code."""
 
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 import torch
 import transformers
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -337,7 +339,7 @@ def test_a_gguf_that_is_not_all_of_the_model_is_refused(what: str, tmp_path: Pat
         export_model(path, tmp_path / "work/out")
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not content(tmp_path / "work") if (tmp_path / "work").exists() else True
+    assert not content(tmp_path / "work")
 
 
 @pytest.mark.parametrize("factor", [8.0, 32.0])
@@ -364,3 +366,27 @@ def test_weights_that_lie_beside_a_gguf_do_not_count(source: Path, tmp_path: Pat
     model = llama()
     export_model(write_llama(source / "m.gguf", model), tmp_path / "out")
     assert torch.allclose(logits(tmp_path / "out"), expect(model), atol=1e-5)
+
+
+# -- a full disk
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(export.shutil, "copyfile", full)
+    with pytest.raises(PipelineError, match=r"No space is left on the disk while writing .*config\.json; free some"):
+        export_model(source, tmp_path / "copied")
+    assert not content(tmp_path / "copied")
+
+    def full_in_rust(model: transformers.PreTrainedModel, out: Path) -> None:
+        (out / "model.safetensors").write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: Os { code: 28, kind: StorageFull }")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full_in_rust)
+    with pytest.raises(PipelineError, match="No space is left on the disk while writing .*dequantised; free some"):
+        export_model(write_llama(tmp_path / "m.gguf", llama()), tmp_path / "dequantised")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "copied", "m.gguf"}

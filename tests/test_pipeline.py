@@ -191,7 +191,7 @@ def test_everything_that_is_promised_lies_where_it_should(run: Run) -> None:
     for pattern in ("metrics/*.json", "plots/*.csv", "reports/figures/*.png", "policies/*/*/*/README.md"):
         assert list(run.directory.glob(pattern)), pattern
     assert "<html" in (run.directory / "reports/index.html").read_text()
-    assert not [*run.directory.rglob(".*.tmp"), *run.directory.rglob(".*.retired")]
+    assert not [*run.directory.rglob(".*.tmp"), *run.directory.rglob(".*.retired"), *run.directory.rglob(".publish")]
 
 
 def test_a_second_repro_runs_nothing(run: Run) -> None:
