@@ -387,6 +387,6 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half(
         raise SafetensorError("Error while serializing: I/O error: Os { code: 28, kind: StorageFull }")
 
     monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", full_in_rust)
-    with pytest.raises(PipelineError, match="No space is left on the disk while writing .*dequantised; free some"):
+    with pytest.raises(PipelineError, match=r"No space is left on the disk while writing .*dequantised; free some"):
         export_model(write_llama(tmp_path / "m.gguf", llama()), tmp_path / "dequantised")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "copied", "m.gguf"}
