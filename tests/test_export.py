@@ -1,4 +1,9 @@
-"""Exporting models: an explicit set of whole files, every weight of the source and no others, never any code."""
+"""Exporting models: an explicit set of whole files, every weight of the source and no others, never any code.
+
+Mechanisms: the set is made from what transformers reads, not by leaving names out; a file is renamed when it is whole;
+of a GGUF file every tensor must be taken, every weight given and every key that describes the computation be read; the
+exported configuration names no code, whoever loads it.
+"""
 
 import errno
 import json

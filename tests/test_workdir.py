@@ -1,4 +1,9 @@
-"""Atomic writes, published directories and the fingerprint that finds unfinished work again."""
+"""Atomic writes, published directories and the fingerprint that finds unfinished work again.
+
+Mechanisms: what is unfinished has a folder of its own, which the next run removes (nothing stray); publishing renames,
+or copies and renames where disks differ (killed at each of its calls here); a lock of the kernel's on a stage's work
+(two processes); every file is hashed, and only a stage that knows a directory for ours asks for its manifest (hashes).
+"""
 
 import errno
 import json
