@@ -15,6 +15,8 @@ PORT ?= 5000
 .PHONY: repro ui test bench gpu
 repro: $(VENV)/installed
 	$(if $(PROFILE),cp profiles/$(PROFILE).yaml params.yaml)
+	# A copy of the files without their repository: DVC must not look for one.
+	git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true
 	dvc repro
 	# It has said why. Everything was computed, so this is no failure of the run.
 	python -m stages.track || { test $$? -eq 1 && echo "The results are complete; only MLflow lacks them." >&2; }

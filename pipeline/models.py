@@ -1,7 +1,5 @@
-"""Turn a model source into a safetensors directory, and load that directory. It knows no attention capture."""
+"""Load an exported model and its tokenizer. It knows no attention capture."""
 
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,50 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import PipelineError, one_line
-from pipeline.gguf_tokenizer import sentencepiece_tokenizer
 from pipeline.layout import cache_layout
-
-WEIGHTS = "*.safetensors"
-
-
-def export_model(source: Path, out: Path) -> None:
-    """Write ``source`` to ``out`` as a Hugging Face directory with safetensors weights.
-
-    A GGUF file is dequantised once, to float32; a safetensors directory is linked or copied file by
-    file. Pickled weights are never read.
-
-    Parameters
-    ----------
-    source
-        A ``.gguf`` file, or a directory with ``config.json``, tokenizer files and ``*.safetensors``.
-    out
-        Directory to create.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    if source.is_dir():
-        if not (source / "config.json").is_file() or not list(source.glob(WEIGHTS)):
-            raise PipelineError(
-                f"{source} is no model directory: it needs config.json and *.safetensors; pickled weights are not read."
-            )
-        wanted = [*source.glob("*.json"), *source.glob("*.jinja"), *source.glob("*.txt"), *source.glob("*.model")]
-        for file in sorted({*wanted, *source.glob(WEIGHTS)}):
-            _link_or_copy(file.resolve(), out / file.name)
-    elif source.suffix == ".gguf":
-        try:
-            quiet()
-            rebuilt = sentencepiece_tokenizer(source)
-            tokenizer = rebuilt or AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
-            model = AutoModelForCausalLM.from_pretrained(
-                source.parent, gguf_file=source.name, dtype=torch.float32, trust_remote_code=False
-            )
-        except Exception as error:  # transformers and gguf raise bare built-in types for unreadable files
-            raise PipelineError(
-                f"{source} cannot be read as a GGUF model ({one_line(error)}); fetch it again."
-            ) from error
-        tokenizer.save_pretrained(out)
-        model.save_pretrained(out)
-    else:
-        raise PipelineError(f"{source} is neither a .gguf file nor a model directory; correct models.*.source.uri.")
 
 
 def load_model(directory: Path, dtype: str, device: str) -> PreTrainedModel:
@@ -145,13 +100,6 @@ def head_shape(model: PreTrainedModel) -> tuple[int, int, int]:
     """(layers, kv_heads, head_dim) of the part of a model's cache that is ranked."""
     layout = cache_layout(model)
     return len(layout.ranked), layout.kv_heads, layout.head_dim
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another filesystem
-        shutil.copyfile(source, target)
 
 
 def quiet() -> None:

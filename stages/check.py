@@ -12,7 +12,7 @@ def main(model: ModelOption, device: DeviceOption = "cpu") -> None:
     from pipeline.evaluation.selfcheck import check_model
     from pipeline.models import load_model
     from pipeline.params import entry, load_params
-    from pipeline.workdir import write_json
+    from pipeline.workdir import publish, work_directory, write_json
 
     check_device(device)
     dtype = entry(load_params().models, model, "models").dtype
@@ -22,7 +22,9 @@ def main(model: ModelOption, device: DeviceOption = "cpu") -> None:
         logging.getLogger(__name__).info("check %s: %s: largest difference %.1e", model, what, difference)
 
     found = check_model(load_model(Path("models") / model, "float32", device), model, dtype, report=report)
-    write_json(Path("checks") / f"{model}.json", found.as_json())
+    written = work_directory(f"check-{model}", {}, []) / f"{model}.json"
+    write_json(written, found.as_json())
+    publish(written, Path("checks") / written.name)
 
 
 if __name__ == "__main__":

@@ -53,10 +53,11 @@ def report(
 
     identity = {"matrix": params.matrix.model_dump(mode="json"), "report": params.report.model_dump(mode="json")}
     work = work_directory("report", identity, [results, examples])
-    drawn = [(drawing, figures.save(drawing, work)) for drawing in drawings]
+    drawn = [(drawing, figures.save(drawing, work / "figures")) for drawing in drawings]
     recorded = page.recorded_sources(models, samples, params)
-    write_text(REPORTS / "index.html", page.render(params, numbers, drawn, recorded, block))
-    publish(work, REPORTS / "figures")
+    write_text(work / "index.html", page.render(params, numbers, drawn, recorded, block))
+    publish(work / "index.html", REPORTS / "index.html")
+    publish(work / "figures", REPORTS / "figures")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from pipeline.errors import PipelineError
-from pipeline.models import end_token_ids, export_model, head_shape, load_model, load_tokenizer
+from pipeline.export import export_model
+from pipeline.models import end_token_ids, head_shape, load_model, load_tokenizer
 from tests.conftest import SIZES, MakeModel
 
 REPOSITORY = Path(__file__).parent.parent

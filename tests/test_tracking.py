@@ -11,7 +11,7 @@ import pytest
 
 from pipeline import tracking
 from pipeline.errors import PipelineError
-from pipeline.mlflow_store import Experiment, connect, repository_root, tracking_uri
+from pipeline.mlflow_store import Experiment, connect, tracking_uri
 from pipeline.params import Params
 from stages.results import results
 from stages.track import track
