@@ -84,7 +84,7 @@ def render(
     drawings
         Figures with the PNG each was drawn to.
     recorded
-        What the fetching stages recorded about sources, and the check about models, by what they are (see :func:`recorded_sources`).
+        What the fetching stages recorded about sources and the check about models (see :func:`recorded_sources`).
     texts
         The block of coloured texts (``tokens.page_block``).
     """

@@ -1,0 +1,245 @@
+"""The check that decides which models are right: over all families, and on models that were made wrong on purpose.
+
+docs/MODELS.md holds what :func:`row` says of each family; ``python -m tests.evaluation.test_selfcheck`` writes it anew.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pipeline.corpora.samples import Sample
+from pipeline.errors import PipelineError
+from pipeline.evaluation.selfcheck import check_model
+from pipeline.evaluation.sweep import FULL, ORACLE, PolicyKey, Sweep
+from pipeline.eviction.baselines import BASELINES
+from pipeline.layout import cache_layout
+from pipeline.params import EvaluationParams, TracesParams
+from pipeline.traces.capture import capture_sequence
+from pipeline.verdict import read_verdict, require_readable
+from pipeline.workdir import write_json
+from tests.conftest import REPOSITORY, MakeModel
+from tests.families import FAMILIES, config
+from tests.test_families import sample
+
+DOCUMENT = REPOSITORY / "docs/MODELS.md"
+HEADER = "| family | class in transformers | what the check says |"
+# In float64. Norms and the softmax of most families are float32 whatever the rest is.
+TOLERANCE = 5e-5
+
+
+def tiny(family: str) -> PreTrainedModel:
+    """The tiny random model of a family, in float32."""
+    torch.manual_seed(0)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config(family)).eval()
+    if getattr(model.config, "_experts_implementation", None) == "grouped_mm":  # its kernels know no float64
+        model.set_experts_implementation("eager")
+    return model
+
+
+def row(family: str) -> str:
+    """The line of docs/MODELS.md for a family: what the check says of it in float64."""
+    model = tiny(family).double()
+    name = type(model).__name__
+    try:
+        found = check_model(model, name, "float32", TOLERANCE)
+    except PipelineError as error:
+        reason = str(error).replace(name, "").strip(" :").removesuffix("; choose another model.")
+        return f"| {family} | `{name}` | refused: {reason} |"
+    notes = []
+    if found.windows:
+        notes.append(f"{len(found.ranked_layers)} of 4 layers are ranked, the others slide over a window")
+    if found.longest is not None:
+        notes.append(f"texts of up to {found.longest} tokens, where its positions change; longer ones are refused")
+    return f"| {family} | `{name}` | **right**{': ' if notes else ''}{'; '.join(notes)} |"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_document_says_what_the_check_says(family: str) -> None:
+    assert row(family) in DOCUMENT.read_text().splitlines()
+
+
+def test_the_document_has_a_row_for_each_family_and_no_other() -> None:
+    rows = [line.split("|")[1].strip() for line in DOCUMENT.read_text().splitlines() if line.startswith("| ")]
+    assert rows[2:] == list(FAMILIES)  # behind the header
+    assert len(FAMILIES) >= 30
+
+
+def sweep_of(model: PreTrainedModel) -> Sweep:
+    """The sweep of all baselines at 32 tokens."""
+    rules = EvaluationParams(budgets=(32,), n_sink=4, n_recent=16, seed=0)
+    traces = TracesParams(block_size=16, query_chunk=32, sequences_per_shard=2)
+    return Sweep(model, None, {}, rules, traces, (32,))  # type: ignore[arg-type]  # no text is decoded
+
+
+# Not in the document: what the sweep says of a family is what a literal computation says of it.
+LITERAL = ["Granite", "OLMo 2", "Gemma 2", "GPT-OSS", "GPT-2", "Gemma 3 (multimodal)", "Phi-4-mini, partial rotation"]
+
+
+@pytest.mark.parametrize("family", LITERAL)
+def test_likelihoods_importance_and_tova_are_those_of_the_model(family: str) -> None:
+    model = tiny(family).double()
+    text = sample("test", 4)
+    sweep = sweep_of(model)
+    full = next(outcome.value for outcome in sweep.run(text, 0)[0] if outcome.key == FULL)
+    prefill = sweep.prefill(text, 0)
+    eager = copy.deepcopy(model)
+    eager.set_attn_implementation("eager")
+    ids, n = torch.tensor(text.input_ids), text.prompt_len
+    with torch.no_grad():
+        own = eager(input_ids=ids[None], output_attentions=True, use_cache=False)
+    expected = F.cross_entropy(own.logits[0, n - 1 : -1], ids[n:])
+    assert full == pytest.approx(expected.item(), abs=1e-5)
+    layout = cache_layout(model)
+    for index, number in enumerate(layout.ranked):
+        weights = own.attentions[number][0].double()  # (heads, queries, tokens)
+        groups = weights.unflatten(0, (layout.kv_heads, -1))
+        torch.testing.assert_close(
+            prefill.importance[n][index].double(), groups.amax(1)[:, n:, :n].sum(1), rtol=1e-4, atol=1e-5
+        )
+        # TOVA: the last query's attention, mean over all heads; the last token is kept.
+        tova = prefill.scores[n][PolicyKey("tova")][index].double()
+        torch.testing.assert_close(tova[:, :-1], weights[:, n - 1, : n - 1].mean(0).expand(layout.kv_heads, -1))
+        # SnapKV: mean attention of the last 64 queries, smoothed over 5 tokens, mean over a group.
+        window = groups[:, :, n - 64 : n, : n - 64].mean(2)
+        smooth = F.avg_pool1d(window, 5, stride=1, padding=2).mean(1)
+        snapkv = prefill.scores[n][PolicyKey("snapkv")][index].double()
+        torch.testing.assert_close(snapkv[:, : n - 64], smooth, rtol=1e-4, atol=1e-6)
+    assert set(prefill.scores[n]) == {ORACLE, *map(PolicyKey, BASELINES)}
+
+
+def add_hook(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> None:
+    """Change what enters the second layer."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (change(args[0]), *args[1:])
+
+    model.model.layers[1].register_forward_pre_hook(hook)  # type: ignore[index, union-attr, operator]
+
+
+class Remember:
+    """A state that is no part of the cache: each call continues from the last token of the one before."""
+
+    def __init__(self) -> None:
+        self.last: Tensor | None = None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        before = hidden[:, :1] if self.last is None or len(self.last) != len(hidden) else self.last
+        shifted = torch.cat([before, hidden[:, :-1]], dim=1)
+        self.last = hidden[:, -1:]
+        return hidden + shifted
+
+
+WRONG: dict[str, tuple[Callable[[PreTrainedModel], None], str]] = {
+    "it looks at the tokens of a call, not of the text": (
+        lambda model: add_hook(model, lambda hidden: hidden + hidden.mean(1, keepdim=True)),
+        "differ from transformers' own",
+    ),
+    "it keeps a state beside the cache": (
+        lambda model: add_hook(model, Remember()),
+        "differ from transformers' own",
+    ),
+    "it answers with something that is no number": (
+        lambda model: model.lm_head.weight.data.fill_(float("nan")),  # type: ignore[union-attr, operator]
+        "a logit is not finite in float32",
+    ),
+    "its keys are no numbers": (
+        lambda model: model.model.layers[2].self_attn.k_proj.weight.data.fill_(float("inf")),  # type: ignore[index, union-attr, operator]
+        "is not finite in float32",
+    ),
+    "its code fails": (
+        lambda model: add_hook(model, lambda hidden: hidden[:, 200:].amax(1)),
+        "cannot be run",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_model_that_we_would_compute_wrongly_is_refused(what: str, make_model: MakeModel) -> None:
+    change, message = WRONG[what]
+    model = copy.deepcopy(make_model("llama"))
+    change(model)
+    with pytest.raises(PipelineError, match=message) as caught:
+        check_model(model, "mine", "float32")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_overflows_in_its_dtype_is_refused(make_model: MakeModel) -> None:
+    model = copy.deepcopy(make_model("llama"))
+    model.get_input_embeddings().weight.data.mul_(3e5)  # type: ignore[operator, union-attr]
+    assert check_model(copy.deepcopy(model), "mine", "bfloat16").verdict == "right"
+    with pytest.raises(PipelineError, match=r"not finite in float16; set models\.\*\.dtype to float32 or bfloat16"):
+        check_model(copy.deepcopy(model), "mine", "float16")
+    half = model.half()
+    with pytest.raises(PipelineError, match="not finite in float16"):
+        capture_sequence(half, torch.arange(4, 104), 16, 32)
+    with pytest.raises(PipelineError, match="not finite in float16"):
+        sweep_of(half).run(sample("test", 4), 0)
+
+
+def test_a_last_layer_that_overflows_gives_no_choice(make_model: MakeModel) -> None:
+    # NaN logits once chose the first answer.
+    model = copy.deepcopy(make_model("llama"))
+    sweep = sweep_of(model)
+    model.lm_head.weight.data[7] = float("inf")  # type: ignore[union-attr, index, operator]
+    asked = dataclasses.replace(
+        sample("test", 4), choices=((5,), (9, 7)), answers=("a", "b"), gold=0, metric="accuracy"
+    )
+    with pytest.raises(PipelineError, match="a logit is not finite in float32"):
+        sweep.run(asked, 0)
+
+
+@pytest.fixture
+def verdict_file(make_model: MakeModel, tmp_path: Path) -> Path:
+    found = check_model(copy.deepcopy(make_model("gemma3")), "mine", "float32")
+    write_json(tmp_path / "mine.json", found.as_json())
+    return tmp_path / "mine.json"
+
+
+def test_a_second_check_gives_equal_bytes(verdict_file: Path, make_model: MakeModel) -> None:
+    first = verdict_file.read_bytes()
+    write_json(verdict_file, check_model(copy.deepcopy(make_model("gemma3")), "mine", "float32").as_json())
+    assert verdict_file.read_bytes() == first
+    found = read_verdict(verdict_file)
+    assert (found.verdict, found.ranked_layers, found.windows) == ("right", [1, 3], {"0": 24, "2": 24})
+    assert (found.heads, found.kv_heads, found.head_dim, found.longest) == (6, 2, 16, None)
+
+
+def test_a_missing_or_foreign_verdict_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "other.json").write_text('{"verdict": "right"}')
+    for name in ("absent.json", "other.json"):
+        with pytest.raises(PipelineError, match=rf"{name} holds no check of a model .*; run the check stage"):
+            read_verdict(tmp_path / name)
+
+
+def test_texts_that_were_not_checked_are_refused(verdict_file: Path) -> None:
+    found = dataclasses.replace(read_verdict(verdict_file), longest=208)
+    text: Sample = sample("test", 4)  # 200 tokens and a reply of 8
+    require_readable(found, [text])
+    for longer in (
+        dataclasses.replace(text, max_new_tokens=9),
+        dataclasses.replace(text, input_ids=(*text.input_ids, 5)),
+        dataclasses.replace(text, choices=((5,) * 9, (5,))),
+    ):
+        with pytest.raises(PipelineError, match=r"more than 208 tokens, .*; sample test-4 has 209: shorten the corpus"):
+            require_readable(found, [text, longer])
+    for ids in ((-1, *text.input_ids[1:]), (*text.input_ids[:-1], 128)):
+        with pytest.raises(PipelineError, match="token id outside the 128 of mine"):
+            require_readable(found, [dataclasses.replace(text, input_ids=ids)])
+
+
+def write_document() -> None:
+    """Put the table of today's verdicts into docs/MODELS.md."""
+    before = DOCUMENT.read_text().partition(HEADER)[0]
+    DOCUMENT.write_text("\n".join([f"{before}{HEADER}", "| --- | --- | --- |", *map(row, FAMILIES)]) + "\n")
+
+
+if __name__ == "__main__":
+    write_document()
