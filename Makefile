@@ -1,5 +1,6 @@
 # make repro             the whole story on the profile in params.yaml
 # make repro PROFILE=ci  copies profiles/ci.yaml to params.yaml first
+# make ui                MLflow's pages on this computer, and where to look in them; PORT=5000
 # make test              the tests, two files at a time, the longest one first
 # make bench             the benchmarks of speed, one after the other; results in perf/results
 # make gpu               the checks and benchmarks that need a GPU; results in perf/results
@@ -9,13 +10,19 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DVC_NO_ANALYTICS := true
 
-.PHONY: repro test bench gpu
+PORT ?= 5000
+
+.PHONY: repro ui test bench gpu
 repro: $(VENV)/installed
 	$(if $(PROFILE),cp profiles/$(PROFILE).yaml params.yaml)
 	# A copy of the files without their repository: DVC must not look for one.
 	git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true
 	dvc repro
-	python -m stages.track
+	# It has said why. Everything was computed, so this is no failure of the run.
+	python -m stages.track || { test $$? -eq 1 && echo "The results are complete; only MLflow lacks them." >&2; }
+
+ui: $(VENV)/installed
+	python -m stages.ui --port $(PORT)
 
 test: $(VENV)/installed
 	ruff check .

@@ -17,7 +17,7 @@ from perf.measure import interleaved, median_ratio, write_result
 from pipeline.params import load_params
 from pipeline.planning.counts import training_flops
 from pipeline.policy.agents import Policy, PolicyShape
-from pipeline.policy.train import clip_gradients, compute_gradients, loss_function
+from pipeline.policy.train import clip_gradients, compute_gradients, draw_uniform, loss_function
 
 LAYERS, KV_HEADS, HEAD_DIM = 30, 3, 64
 
@@ -89,7 +89,8 @@ def main() -> None:
         policy = Policy(shape, torch.Generator().manual_seed(1)).to(device)
         loop = Loop(policy, params.learning_rate)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=params.learning_rate, fused=True)
-        loss_of = loss_function(estimator, importance, params, step=0)
+        uniform = draw_uniform(estimator, params, 0, shape.heads, tokens).to(device)
+        loss_of = loss_function(estimator, importance, uniform)
 
         def stacked(policy=policy, optimizer=optimizer, loss_of=loss_of) -> None:
             compute_gradients(policy, keys, values, loss_of)

@@ -1,46 +1,57 @@
 """What is compared goes to MLflow from here, out of the files other stages wrote; nothing reads it back.
 
-This is the only file that knows MLflow, and it knows no training and no evaluation. Deleting the
+It knows no training and no evaluation, and ``pipeline/mlflow_store.py`` how MLflow is reached. Deleting the
 database loses nothing: every function starts from files. A run is found again by its ``fingerprint``
-tag; one without the tag ``complete`` was interrupted, and is deleted and logged anew.
-
-MLflow is imported inside functions: it takes 1.7 s, which ``--help`` should not wait for.
+tag; one without the tag ``complete`` was interrupted, and is deleted and logged anew, as is one that was
+deleted in MLflow's pages. A single head or policy that was deleted there stays deleted.
 """
 
 import hashlib
 import json
 import logging
-import math
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
-from filelock import FileLock
 
+from pipeline import mlflow_store
 from pipeline.errors import PipelineError
+from pipeline.mlflow_store import EVALUATIONS, HEADS, TRAININGS, connect, open_experiment
 from pipeline.params import Params
-from pipeline.reporting import tables
-from pipeline.workdir import hash_file, repository_root
+from pipeline.reporting import names, tables
+from pipeline.workdir import hash_file
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-TRAININGS = "KVP trainings"
-EVALUATIONS = "KVP evaluations"
 # Points of a metric: a chart shows no more, and writing the heads' points takes most of the time.
 PARENT_POINTS = 200
 HEAD_POINTS = 75
 # The most that one request may carry.
 BATCH = 1000
+# Of lines and bars. MLflow draws them by the run's id, so that two of four may look the same.
+COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#6A3D9A", "#7A4B1E", "#000000", "#999999",
+    "#882255", "#44AA99", "#B2DF8A",
+)  # fmt: skip
+
+
+def log_finished_training(policy_dir: Path) -> None:
+    """As :func:`log_training`, where nothing that goes wrong may cost the training: it becomes one warning."""
+    try:
+        log_training(policy_dir)
+    except Exception as error:
+        sentence = str(error) if isinstance(error, PipelineError) else _unexpected(error)
+        logging.getLogger(__name__).warning("warning: %s is finished, but not logged. %s", policy_dir, sentence)
 
 
 def log_training(policy_dir: Path) -> str:
-    """Log one training: a parent run with curves over heads, and a child run for each head.
+    """Log one training: a run with curves over heads, and in an experiment beside it a run for each head.
 
     Parameters
     ----------
@@ -50,74 +61,81 @@ def log_training(policy_dir: Path) -> str:
     Returns
     -------
     str
-        Id of the parent run; that of the existing one if this training is logged already.
+        Id of the training's run; that of the existing one if this training is logged already.
+
+    Raises
+    ------
+    PipelineError
+        The policy is not finished, or MLflow cannot be used.
     """
     config = _read_config(policy_dir / "config.json")
-    with _tracking() as client:
-        experiment = _experiment(client, TRAININGS)
-        if known := _complete_run(client, experiment, "training", config["fingerprint"]):
+    fingerprint = config["fingerprint"]
+    with connect() as client:
+        experiment, heads = open_experiment(client, TRAININGS), open_experiment(client, HEADS)
+        if known := _complete_run(client, experiment, "training", fingerprint):
             return known
+        # Of a training that was interrupted, or deleted.
+        _delete_runs(client, heads, f"tags.fingerprint = '{fingerprint}'")
         curves = tables.read_table(policy_dir / "curves.parquet", tables.CURVE_COLUMNS)
-        parent = _start(client, experiment, _training_name(config), _training_tags(config))
-        _log(client, parent, _aggregate_metrics(_thinned(curves, PARENT_POINTS)), params=_training_params(config))
-        _log_traces(client, parent, config)
-        client.log_table(parent, _last_values(curves), "heads.json")
+        name = _training_name(config)
+        others = client.search_runs([experiment], "tags.role = 'training'", max_results=50_000)
+        training = _start(client, experiment, name, _training_tags(config) | _colour(len(others)))
+        # MLflow shows this above a run. Without a server's address it works at any, and in the run's own tab.
+        of_heads = mlflow_store.page("", heads, search=f"tags.part_of = '{training}'")
+        client.set_tag(training, "mlflow.note.content", f"[Its {_heads(config)} heads]({of_heads.removeprefix('/')})")
+        _log(client, training, _aggregate_metrics(_thinned(curves, PARENT_POINTS)), params=_training_params(config))
+        _log_traces(client, training, config)
+        client.log_table(training, _last_values(curves), "heads.json")
         for file in ("config.json", "curves.parquet", "README.md"):
             if (policy_dir / file).is_file():
-                client.log_artifact(parent, str(policy_dir / file))
-        identity = {name: str(config[name]) for name in ("model", "corpus", "estimator")}
+                client.log_artifact(training, str(policy_dir / file))
+        identity = {name: str(config[name]) for name in ("model", "corpus", "estimator", "fingerprint")}
         by_head = _thinned(curves, HEAD_POINTS).sort("layer", "kv_head", "metric", "step")
         for (layer, kv_head), part in by_head.group_by("layer", "kv_head", maintain_order=True):
-            tags = identity | {
-                "role": "head",
-                "mlflow.parentRunId": parent,
-                "layer": str(layer),
-                "kv_head": str(kv_head),
-            }
-            child = _start(client, experiment, f"layer {layer} head {kv_head}", tags)
-            _log(client, child, list(part.select("metric", "value", "step").iter_rows()))
-            client.set_terminated(child)
-        _finish(client, parent)
-        return parent
+            tags = identity | {"role": "head", "part_of": training, "layer": str(layer), "kv_head": str(kv_head)}
+            head = _start(client, heads, f"layer {layer} head {kv_head}, {name}", tags)
+            _log(client, head, list(part.select("metric", "value", "step").iter_rows()))
+            client.set_terminated(head)
+        _finish(client, training)
+        return training
 
 
 def log_evaluation(results: Path, reports: Path, params: Params) -> list[str]:
-    """Log the evaluation of each model: a parent run, and a child run for each policy.
+    """Log the evaluation of each model: a run for the model, and beside it a run for each policy.
 
-    Metrics are logged with step = budget, so that MLflow's charts draw them against the budget.
+    Metrics are logged with step = budget, so that MLflow's charts draw them against the budget. They are means:
+    MLflow draws no intervals, which are in the tables of the model's run.
 
     Parameters
     ----------
     results
         Directory of evaluation.parquet and cost.parquet.
     reports
-        Directory of the report; its files become artifacts of the parent where it exists.
+        Directory of the report; its files become artifacts of the models' runs where it exists.
 
     Returns
     -------
     list[str]
-        Ids of the parent runs, one for each model of the matrix.
+        Ids of the models' runs, one for each model of the matrix.
     """
     evaluation = tables.read_table(results / "evaluation.parquet", tables.EVALUATION_COLUMNS)
     cost = tables.read_table(results / "cost.parquet", tables.COST_COLUMNS)
     files = hash_file(results / "evaluation.parquet") + hash_file(results / "cost.parquet")
     parents = []
-    with _tracking() as client:
-        experiment = _experiment(client, EVALUATIONS)
+    with connect() as client:
+        shown = (*EVALUATIONS.columns, *_columns(evaluation, params))
+        experiment = open_experiment(client, replace(EVALUATIONS, columns=shown))
         for model in params.matrix.model:
             fingerprint = _hash({"files": files, "model": model, "report": params.report.model_dump(mode="json")})
             parent = _complete_run(client, experiment, "evaluation", fingerprint)
             if parent is None:
+                # Of an evaluation that was interrupted, or deleted.
+                _delete_runs(client, experiment, f"tags.fingerprint = '{fingerprint}' and tags.role = 'policy'")
                 ours = evaluation.filter(pl.col("model") == model)
                 our_cost = cost.filter(pl.col("model") == model)
                 parent = _log_model_evaluation(client, experiment, fingerprint, (ours, our_cost), reports, params)
             parents.append(parent)
     return parents
-
-
-def tracking_uri(root: Path) -> str:
-    """MLFLOW_TRACKING_URI, or the SQLite database at ``root``."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
 
 
 def _log_model_evaluation(
@@ -139,12 +157,11 @@ def _log_model_evaluation(
     _log(client, parent, [], params=sweep | {"params_hash": _hash(sweep)})
     client.log_table(parent, scores.to_dict(as_series=False), "scores.json")
     client.log_table(parent, costs.to_dict(as_series=False), "normalised_cost.json")
-    for policy, trained_on in tables.series(scores):
+    for place, (policy, trained_on) in enumerate(tables.series(scores)):
         name = f"{policy} trained on {trained_on}" if trained_on else policy
         identity = {"model": model, "policy": policy, "trained_on": trained_on or "none"}
-        child = _start(
-            client, experiment, f"{name}, budget sweep", identity | {"role": "policy", "mlflow.parentRunId": parent}
-        )
+        tags = identity | {"role": "policy", "part_of": parent, "fingerprint": fingerprint} | _colour(place)
+        child = _start(client, experiment, name, tags)
         points = _score_points(tables.select(scores, policy, trained_on), params)
         points += _cost_points(tables.select(costs, policy, trained_on))
         _log(client, child, points, params=identity)
@@ -160,70 +177,52 @@ def _score_points(scores: pl.DataFrame, params: Params) -> list[tuple[str, float
     for row in scores.iter_rows(named=True):
         # No budget means no eviction: the same value at every budget draws the ceiling as a line.
         steps = params.budgets(row["benchmark"]) if row["budget"] is None else [row["budget"]]
-        for name, suffix in (("mean", ""), ("low", "_low"), ("high", "_high")):
-            if math.isfinite(row[name]):  # a single sample has no interval
-                points += [(f"{row['benchmark']}_{row['metric']}{suffix}", row[name], step) for step in steps]
+        metric = f"{row['benchmark']}_{row['metric']}"
+        points += [(metric, row["mean"], step) for step in steps]
+        if (budget := _headline_budget(row["benchmark"], params)) in steps:
+            points.append((f"{metric}_at_{budget}", row["mean"], 0))
     return points
+
+
+def _headline_budget(benchmark: str, params: Params) -> int:
+    """The budget whose scores stand in the list of runs: the middle one, as in the report."""
+    budgets = params.budgets(benchmark)
+    return budgets[len(budgets) // 2]
+
+
+def _columns(evaluation: pl.DataFrame, params: Params) -> tuple[str, ...]:
+    """The metrics that the list of the sweep's runs shows beside each other."""
+    measured = evaluation.select("benchmark", "metric").unique().iter_rows()
+    scores = sorted({(benchmark, names.SHOWN_METRICS.get(metric, metric)) for benchmark, metric in measured})
+    at_budget = [f"metrics.{name}_{metric}_at_{_headline_budget(name, params)}" for name, metric in scores]
+    return (*at_budget, *(f"metrics.{corpus}_normalised_cost" for corpus in params.matrix.corpus))
 
 
 def _cost_points(costs: pl.DataFrame) -> list[tuple[str, float, int]]:
     pooled = costs.filter(pl.col("scope") == "pooled")
-    return [
-        (f"{row['corpus']}_normalised_cost{suffix}", row[name], 0)
-        for row in pooled.iter_rows(named=True)
-        for name, suffix in (("mean", ""), ("low", "_low"), ("high", "_high"))
-        if math.isfinite(row[name])
-    ]
-
-
-@contextmanager
-def _tracking() -> "Iterator[MlflowClient]":
-    """A client on a ready database, for one process at a time.
-
-    The lock serves three ends: two processes creating the schema crash each other, one process must
-    not take a run that another is still logging for an interrupted one, and SQLite has one writer.
-    """
-    # Read when mlflow is imported, so it must be set before.
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    for noisy in ("alembic", "mlflow.store.db.utils"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    root = repository_root()
-    uri = tracking_uri(root)
-    with FileLock(root / "mlflow.db.lock"):
-        try:
-            yield MlflowClient(tracking_uri=uri)
-        except MlflowException as error:
-            first = str(error).strip().splitlines()[0]
-            raise PipelineError(
-                f"MLflow at {uri} refused ({first}); move mlflow.db away and run python -m stages.track."
-            ) from error
-
-
-def _experiment(client: "MlflowClient", name: str) -> str:
-    existing = client.get_experiment_by_name(name)
-    if existing is not None:
-        return str(existing.experiment_id)
-    location = None
-    if not os.environ.get("MLFLOW_TRACKING_URI", "").startswith(("http", "databricks")):
-        # A server knows where its artifacts go; a local database would put them into the current directory.
-        location = (repository_root() / "mlartifacts").as_uri()
-    return str(client.create_experiment(name, artifact_location=location))
+    return [(f"{row['corpus']}_normalised_cost", row["mean"], 0) for row in pooled.iter_rows(named=True)]
 
 
 def _complete_run(client: "MlflowClient", experiment: str, role: str, fingerprint: str) -> str | None:
-    """The complete run with this fingerprint, if any. Interrupted ones are deleted with their children."""
+    """The complete run with this fingerprint, if any. Interrupted ones are deleted."""
     for run in client.search_runs([experiment], f"tags.fingerprint = '{fingerprint}' and tags.role = '{role}'"):
         parent = str(run.info.run_id)
         if run.data.tags.get("complete") == "true":
             return parent
-        children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=50_000)
-        # The parent last: a second interruption here leaves it to be found again.
-        for stale in (*children, run):
-            client.delete_run(stale.info.run_id)
+        # In older databases heads and policies are its children. The parent last: a second interruption here leaves
+        # it to be found again.
+        _delete_runs(client, experiment, f"tags.`mlflow.parentRunId` = '{parent}'")
+        client.delete_run(parent)
     return None
+
+
+def _delete_runs(client: "MlflowClient", experiment: str, search: str) -> None:
+    for run in client.search_runs([experiment], search, max_results=50_000):
+        client.delete_run(run.info.run_id)
+
+
+def _colour(place: int) -> dict[str, str]:
+    return {"mlflow.runColor": COLOURS[place % len(COLOURS)]}
 
 
 def _start(client: "MlflowClient", experiment: str, name: str, tags: dict[str, str]) -> str:
@@ -289,6 +288,10 @@ def _last_values(curves: pl.DataFrame) -> dict[str, list[Any]]:
     return table.to_dict(as_series=False)
 
 
+def _heads(config: dict[str, Any]) -> int:
+    return int(config["layers"]) * int(config["kv_heads"])
+
+
 def _training_name(config: dict[str, Any]) -> str:
     train = config["params"]
     return f"{config['corpus']} {config['estimator']} {train['steps']} steps lr {train['learning_rate']:g}"
@@ -342,6 +345,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     if missing:
         raise PipelineError(f"{path} lacks {', '.join(missing)}; run the train stage again.")
     return config
+
+
+def _unexpected(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}; python -m stages.track tries it again."
 
 
 def _hash(value: Any) -> str:

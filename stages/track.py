@@ -15,9 +15,8 @@ def track(
     params_file: Annotated[Path, typer.Option("--params", help="The params file.")] = Path("params.yaml"),
 ) -> None:
     """Log what MLflow does not have yet: stages restored from DVC's cache have logged nothing."""
-    from pipeline import tracking
+    from pipeline import mlflow_store, tracking
     from pipeline.params import load_params
-    from pipeline.workdir import repository_root
 
     params = load_params(params_file)
     for model in params.matrix.model:
@@ -25,8 +24,11 @@ def track(
             for estimator in params.matrix.estimator:
                 tracking.log_training(policies / model / corpus / estimator)
     tracking.log_evaluation(results, reports, params)
-    uri = tracking.tracking_uri(repository_root())
-    typer.echo(f"Compare the runs with: mlflow ui --backend-store-uri {uri}", err=True)
+    uri = mlflow_store.tracking_uri(mlflow_store.repository_root())
+    started = "" if uri.startswith("http") else " once `make ui` has started MLflow"
+    typer.echo(f"Compare the runs in a browser{started}:", err=True)
+    for line in mlflow_store.links(mlflow_store.server_address(uri)):
+        typer.echo(line, err=True)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def main(
     from pipeline.policy.card import model_card
     from pipeline.policy.train import describe, train_policy
     from pipeline.traces.shards import TraceReader
-    from pipeline.tracking import log_training
+    from pipeline.tracking import log_finished_training
     from pipeline.workdir import hash_manifest, publish, work_directory, write_text
 
     check_device(device)
@@ -38,7 +38,7 @@ def main(
         train_policy(work, reader, validation, estimator, params.train, config, device, advance)
     write_text(work / "README.md", model_card(work))
     publish(work, out)
-    log_training(out)
+    log_finished_training(out)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,8 @@ def test_gradients_of_a_step(device: str, estimator: train.Estimator) -> None:
     importance = torch.rand(4, 96, generator=torch.Generator().manual_seed(1)) ** 4
 
     def gradients(policy: Policy, to: str, dtype: torch.dtype) -> Tensor:
-        loss_of = train.loss_function(estimator, importance.to(to, dtype), PARAMS, step=2)
+        uniform = train.draw_uniform(estimator, PARAMS, 2, 4, 96).to(to)
+        loss_of = train.loss_function(estimator, importance.to(to, dtype), uniform)
         train.compute_gradients(policy, keys.to(to), values.to(to), loss_of)
         train.clip_gradients(policy, PARAMS.gradient_clip)
         return torch.cat([parameter.grad.flatten().cpu() for parameter in policy.parameters()])

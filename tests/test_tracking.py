@@ -11,6 +11,7 @@ import pytest
 
 from pipeline import tracking
 from pipeline.errors import PipelineError
+from pipeline.mlflow_store import Experiment, connect, repository_root, tracking_uri
 from pipeline.params import Params
 from stages.results import results
 from stages.track import track
@@ -37,14 +38,14 @@ def _track() -> None:
     track(Path("policies"), Path("results"), Path("reports"), Path("params.yaml"))
 
 
-def _runs(experiment: str, role: str) -> list[Any]:
-    with tracking._tracking() as client:
-        found = client.get_experiment_by_name(experiment)
+def _runs(experiment: Experiment, role: str) -> list[Any]:
+    with connect() as client:
+        found = client.get_experiment_by_name(experiment.name)
         return list(client.search_runs([found.experiment_id], f"tags.role = '{role}'"))
 
 
 def _count() -> dict[str, int]:
-    roles = ((tracking.TRAININGS, "training"), (tracking.TRAININGS, "head"))
+    roles = ((tracking.TRAININGS, "training"), (tracking.HEADS, "head"))
     roles += ((tracking.EVALUATIONS, "evaluation"), (tracking.EVALUATIONS, "policy"))
     return {role: len(_runs(experiment, role)) for experiment, role in roles}
 
@@ -55,7 +56,7 @@ def test_a_second_fill_adds_nothing(params: Params) -> None:
     assert _count() == expected
     _track()
     assert _count() == expected
-    assert all(run.info.status == "FINISHED" for run in _runs(tracking.TRAININGS, "head"))
+    assert all(run.info.status == "FINISHED" for run in _runs(tracking.HEADS, "head"))
 
 
 def test_an_interrupted_training_is_completed(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,10 +65,10 @@ def test_an_interrupted_training_is_completed(params: Params, monkeypatch: pytes
         _break_after(patch, 3)
         with pytest.raises(KeyboardInterrupt):
             tracking.log_training(policy)
-    assert len(_runs(tracking.TRAININGS, "head")) == 2
+    assert len(_runs(tracking.HEADS, "head")) == 2
     tracking.log_training(policy)
     assert len(_runs(tracking.TRAININGS, "training")) == 1
-    assert len(_runs(tracking.TRAININGS, "head")) == HEADS
+    assert len(_runs(tracking.HEADS, "head")) == HEADS
 
 
 def test_an_interrupted_evaluation_is_completed(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,13 +87,13 @@ def test_logged_values_are_those_of_the_files(params: Params) -> None:
     tracking.log_evaluation(Path("results"), Path("reports"), params)
     curves = pl.read_parquet(Path("policies") / MODEL / "dialogues" / "rloo" / "curves.parquet")
     scores = pl.read_parquet("results/evaluation.parquet")
-    with tracking._tracking() as client:
+    with connect() as client:
         logged = client.get_metric_history(parent, "mean_validation_cost")
         expected = curves.filter(metric="validation_cost").group_by("step").agg(pl.col("value").mean()).sort("step")
         assert [point.step for point in logged] == expected["step"].to_list()
         np.testing.assert_allclose([point.value for point in logged], expected["value"].to_numpy(), rtol=1e-6)
     (head,) = (
-        run for run in _runs(tracking.TRAININGS, "head") if run.data.tags["layer"] + run.data.tags["kv_head"] == "10"
+        run for run in _runs(tracking.HEADS, "head") if run.data.tags["layer"] + run.data.tags["kv_head"] == "10"
     )
     (sweep,) = (
         run
@@ -100,7 +101,7 @@ def test_logged_values_are_those_of_the_files(params: Params) -> None:
         if (run.data.tags["policy"], run.data.tags["trained_on"]) == ("kvp-exact", "ruler")
     )
     (ceiling,) = (run for run in _runs(tracking.EVALUATIONS, "policy") if run.data.tags["policy"] == "full")
-    with tracking._tracking() as client:
+    with connect() as client:
         for metric in ("loss", "gradient_norm", "validation_cost"):
             points = client.get_metric_history(head.info.run_id, metric)
             raw = curves.filter(metric=metric, layer=1, kv_head=0).sort("step")
@@ -114,7 +115,7 @@ def test_logged_values_are_those_of_the_files(params: Params) -> None:
             params.evaluation.budgets
         )
         assert sweep.data.metrics["ruler_normalised_cost"] > 1
-        evaluation = sweep.data.tags["mlflow.parentRunId"]
+        evaluation = sweep.data.tags["part_of"]
         assert {item.path for item in client.list_artifacts(evaluation, "report")} == {"report/index.html"}
 
 
@@ -144,9 +145,9 @@ def test_long_curves_are_thinned_to_their_last_step() -> None:
 def test_the_database_of_an_experiment_is_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    assert tracking.tracking_uri(tracking.repository_root()) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert tracking_uri(repository_root()) == f"sqlite:///{tmp_path}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///elsewhere.db")
-    assert tracking.tracking_uri(tracking.repository_root()) == "sqlite:///elsewhere.db"
+    assert tracking_uri(repository_root()) == "sqlite:///elsewhere.db"
 
 
 def test_an_unfinished_policy_is_a_sentence(params: Params) -> None:
@@ -168,7 +169,7 @@ def test_several_processes_fill_one_fresh_database(params: Params) -> None:
     ]
     assert [process.wait() for process in running] == [0] * 5
     assert len(_runs(tracking.TRAININGS, "training")) == TRAININGS
-    assert len(_runs(tracking.TRAININGS, "head")) == TRAININGS * HEADS
+    assert len(_runs(tracking.HEADS, "head")) == TRAININGS * HEADS
 
 
 def _break_after(monkeypatch: pytest.MonkeyPatch, runs: int) -> None:

@@ -29,13 +29,13 @@ from pipeline.policy.pairs import expected_cost
 from pipeline.policy.ranking import optimal_total_cost, rank, rloo_loss, total_cost
 from pipeline.policy.soft_rank import soft_rank_loss
 from pipeline.traces.importance import future_importance
-from pipeline.traces.shards import TraceReader
+from pipeline.traces.shards import TraceReader, remove_unfinished
 from pipeline.workdir import atomic_write
 
 Estimator = Literal["exact", "rloo", "softrank"]
 CURVES_FILE = "curves.parquet"
 CHECKPOINT_FILE = "checkpoint.safetensors"
-# Statistics of keys and values need no more tokens than this; the first sequences are as good as any.
+# Statistics of keys and values need no more than this many, taken evenly: a corpus may be sorted by task.
 NORMALISATION_SEQUENCES = 32
 
 
@@ -83,7 +83,7 @@ def train_policy(
     Raises
     ------
     PipelineError
-        The traces are too short for a single block, or the checkpoint is damaged.
+        The traces are too short for a single block, the checkpoint is damaged, or the training diverges.
     """
     trace = reader.shape
     shape = PolicyShape(trace.layers, trace.kv_heads, trace.head_dim, params.agent)
@@ -103,10 +103,10 @@ def train_policy(
     curves = _Curves(shape, trace.layer_numbers)
     done = _resume(work, policy, optimizer, curves)
     advance(done, "resumed" if done else "starting")
-    for step, (keys, values, importance) in _prefetch(reader, params, done, device):
+    for step, (keys, values, importance, uniform) in _prefetch(reader, estimator, params, done, device):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, params)
-        loss = compute_gradients(policy, keys, values, loss_function(estimator, importance, params, step))
+        loss = compute_gradients(policy, keys, values, loss_function(estimator, importance, uniform))
         norms = clip_gradients(policy, params.gradient_clip)
         optimizer.step()
         curves.add(step, "loss", loss)
@@ -114,6 +114,7 @@ def train_policy(
         status = ""
         if (step + 1) % params.validate_every == 0 or step + 1 == params.steps or step == 0:
             cost = validation_cost(policy, validation, device)
+            _check_finite(step, estimator, params, loss, norms, cost)
             curves.add(step, "validation_cost", cost)
             status = f"validation cost {cost.mean():.3f}"
         if (step + 1) % params.checkpoint_every == 0 and step + 1 < params.steps:
@@ -123,23 +124,28 @@ def train_policy(
         curves.table().write_parquet(temporary)
     save_policy(work, policy, config)
     (work / CHECKPOINT_FILE).unlink(missing_ok=True)
+    remove_unfinished(work)
 
 
-def loss_function(
-    estimator: Estimator, importance: Tensor, params: TrainParams, step: int
-) -> Callable[[Tensor, slice], Tensor]:
+def loss_function(estimator: Estimator, importance: Tensor, uniform: Tensor) -> Callable[[Tensor, slice], Tensor]:
     """The loss of one step: of scores (some heads, n) and which heads they are -> (some heads,).
 
-    ``importance`` is (heads, n). What ``rloo`` draws depends on seed and step only, not on how heads are split.
+    ``importance`` is (heads, n), ``uniform`` what :func:`draw_uniform` drew for it.
     """
     if estimator == "exact":
         return lambda scores, heads: expected_cost(scores, importance[heads]) / optimal_total_cost(importance[heads])
     if estimator == "softrank":
         return lambda scores, heads: soft_rank_loss(scores, importance[heads])
-    device = importance.device
-    generator = _generator(params.seed, "rankings", step, device)
-    uniform = torch.rand(params.rloo_samples, *importance.shape, generator=generator, device=device)
     return lambda scores, heads: rloo_loss(scores, importance[heads], uniform[:, heads])
+
+
+def draw_uniform(estimator: Estimator, params: TrainParams, step: int, heads: int, tokens: int) -> Tensor:
+    """What the rankings of a step are made of: (samples, heads, tokens) in [0, 1); no samples but for ``rloo``.
+
+    It depends on seed and step only. Drawn on the CPU, because a GPU's generators draw other numbers.
+    """
+    samples = params.rloo_samples if estimator == "rloo" else 0
+    return torch.rand(samples, heads, tokens, generator=_generator(params.seed, "rankings", step))
 
 
 def compute_gradients(
@@ -183,7 +189,7 @@ def validation_cost(policy: Policy, reader: TraceReader, device: str) -> Tensor:
     """Normalised cost of the policy's ranking on held-out sequences, (heads,); 1.0 = best order.
 
     Each sequence is cut once, in its middle: the cache is its first half, the importance comes from its
-    second half.
+    second half. A head whose scores are not all finite costs NaN.
     """
     block = reader.shape.block_size
     costs = []
@@ -192,8 +198,21 @@ def validation_cost(policy: Policy, reader: TraceReader, device: str) -> Tensor:
         cache_size = max(1, sequence.tokens // 2 // block) * block
         importance = _importance(record, cache_size, block, device)
         scores = policy(keys[:, :cache_size].to(device), values[:, :cache_size].to(device))
-        costs.append(total_cost(importance, rank(scores)) / optimal_total_cost(importance))
+        cost = total_cost(importance, rank(scores)) / optimal_total_cost(importance)
+        # A ranking exists of any scores. Without a look at each of them, which would wait for the device each time:
+        costs.append(torch.where(scores.isfinite().all(-1), cost, torch.nan))
     return torch.stack(costs).mean(0)
+
+
+def _check_finite(step: int, estimator: Estimator, params: TrainParams, *values: Tensor) -> None:
+    """Stop a training that has diverged: ``values`` are (heads,) each. It waits for the device."""
+    finite = torch.stack([value.isfinite() for value in values]).all(0)
+    if not finite.all():
+        raise PipelineError(
+            f"The training with {estimator} has diverged: at step {step + 1} the scores, losses or gradients of "
+            f"{int((~finite).sum())} of {len(finite)} heads are not finite; lower train.learning_rate "
+            f"({params.learning_rate:g}) in params.yaml."
+        )
 
 
 def _importance(record: Tensor, cache_size: int, block_size: int, device: str) -> Tensor:
@@ -203,9 +222,10 @@ def _importance(record: Tensor, cache_size: int, block_size: int, device: str) -
 
 @torch.no_grad()
 def _normalise(policy: Policy, reader: TraceReader) -> None:
-    count = min(NORMALISATION_SEQUENCES, len(reader.sequences))
+    available = len(reader.sequences)
+    count = min(NORMALISATION_SEQUENCES, available)
     total, squares, tokens = torch.zeros(()), torch.zeros(()), 0
-    for sequence in range(count):
+    for sequence in (place * available // count for place in range(count)):
         keys, values, _ = reader.read(sequence)
         states = policy.states(keys, values).double()  # (heads, n, channels)
         total = total + states.sum(1, keepdim=True)
@@ -217,10 +237,10 @@ def _normalise(policy: Policy, reader: TraceReader) -> None:
     policy.std.copy_(deviation.clamp_min(1e-4).float())
 
 
-def _generator(seed: int, purpose: str, step: int = 0, device: torch.device | str = "cpu") -> torch.Generator:
+def _generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
     # Hashed, because torch's CPU generator looks at the low 32 bits of a seed only.
     digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
-    return torch.Generator(device=device).manual_seed(int.from_bytes(digest[:4]))
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4]))
 
 
 def draw_cut(reader: TraceReader, params: TrainParams, step: int) -> Draw:
@@ -234,10 +254,10 @@ def draw_cut(reader: TraceReader, params: TrainParams, step: int) -> Draw:
 
 
 def _prefetch(
-    reader: TraceReader, params: TrainParams, first: int, device: str
-) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
-    # One thread reads ahead, so that a step waits neither for the disk nor for the way to the device.
-    queue: Queue[tuple[int, tuple[Tensor, Tensor, Tensor]] | Exception] = Queue(maxsize=4)
+    reader: TraceReader, estimator: Estimator, params: TrainParams, first: int, device: str
+) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor, Tensor]]]:
+    # One thread reads and draws ahead, so that a step waits neither for the disk nor for the way to the device.
+    queue: Queue[tuple[int, tuple[Tensor, Tensor, Tensor, Tensor]] | Exception] = Queue(maxsize=4)
     stop = threading.Event()
 
     def produce() -> None:
@@ -247,7 +267,8 @@ def _prefetch(
                 keys, values, record = reader.read(draw.sequence)
                 importance = _importance(record, draw.cache_size, reader.shape.block_size, device)
                 keys, values = (_moved(states[:, : draw.cache_size], device) for states in (keys, values))
-                item = (step, (keys, values, importance))
+                uniform = _moved(draw_uniform(estimator, params, step, *importance.shape), device)
+                item = (step, (keys, values, importance, uniform))
                 if stop.is_set():
                     return
                 queue.put(item)

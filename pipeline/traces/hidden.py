@@ -30,7 +30,7 @@ from pipeline.errors import PipelineError
 from pipeline.forward import run_model
 from pipeline.layers import ModelLayer
 from pipeline.layout import cache_layout
-from pipeline.traces.shards import MANIFEST, TraceReader, as_float16, shard_name
+from pipeline.traces.shards import MANIFEST, TraceReader, as_float16, remove_unfinished, shard_name
 from pipeline.workdir import atomic_write, hash_file, write_json
 
 
@@ -154,7 +154,8 @@ def write_hidden_shard(
 
 
 def write_hidden_manifest(root: Path, width: int) -> None:
-    """Write manifest.json over the files that lie under ``root``."""
+    """Write manifest.json over the files that lie under ``root``; what a killed process left half-written goes."""
+    remove_unfinished(root)
     files = {str(path.relative_to(root)): hash_file(path) for path in sorted(root.glob("*/hidden=*/shard-*.parquet"))}
     write_json(root / MANIFEST, {"hidden_size": width, "files": files})
 

@@ -30,7 +30,7 @@ from pipeline.errors import PipelineError
 from pipeline.traces.capture import LayerTrace
 from pipeline.traces.importance import pack_record, record_entries, record_lengths, unpack_record
 from pipeline.traces.pages import plain_values
-from pipeline.workdir import disk_errors, hash_file, write_json
+from pipeline.workdir import disk_errors, hash_file, remove, write_json
 
 MANIFEST = "manifest.json"
 # Larger than a row group, whose vectors then lie in one page and are read without Arrow (pipeline/traces/pages.py).
@@ -100,11 +100,13 @@ def write_shard(
     Raises
     ------
     PipelineError
-        A key or value does not fit float16, or the disk is full. No marker is left in either case.
+        A key or value is not finite or does not fit float16, or the disk is full. No marker is left in either case.
     """
     schema = shape.schema()
     directory = root / split
-    temporary = [directory / f"layer={layer:02d}" / f".{shard_name(shard)}.tmp" for layer in shape.layer_numbers]
+    # With the process, as another may be writing the same shard.
+    name = f".{shard_name(shard)}.{os.getpid()}.tmp"
+    temporary = [directory / f"layer={layer:02d}" / name for layer in shape.layer_numbers]
     written: list[dict[str, Any]] = []
     with disk_errors(directory):
         writers: list[pq.ParquetWriter] = []
@@ -141,18 +143,25 @@ def write_shard(
 
 
 def write_manifest(root: Path, shape: TraceShape, splits: dict[str, int]) -> None:
-    """Gather the commit markers into manifest.json and drop them.
+    """Gather the commit markers into manifest.json; what a killed process left half-written goes.
 
     Parameters
     ----------
     splits
         split -> number of shards.
     """
+    remove_unfinished(root)
     content: dict[str, Any] = {"shape": vars(shape), "splits": {}}
     for split, shards in splits.items():
         markers = [root / split / f"{shard_name(shard)}.json" for shard in range(shards)]
         content["splits"][split] = [json.loads(marker.read_text()) for marker in markers]
     write_json(root / MANIFEST, content)
+
+
+def remove_unfinished(root: Path) -> None:
+    """Remove temporary files of killed processes from a directory that is complete, and so about to be published."""
+    for path in list(root.rglob(".*.tmp")):
+        remove(path)
 
 
 def _open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
@@ -195,12 +204,19 @@ def _tables(
 
 
 def as_float16(states: Tensor, sample_id: str, layer: int, name: str) -> np.ndarray[Any, Any]:
-    """The states in float16; a PipelineError that names ``name`` where one does not fit."""
+    """The states in float16; a PipelineError that names ``name`` where one is not finite, or does not fit."""
     half = states.to(torch.float16)
     if not torch.isfinite(half).all():
+        place = f"Sample {sample_id}, layer {layer}: a {name}"
+        if not torch.isfinite(states).all():
+            dtype = str(states.dtype).removeprefix("torch.")
+            others = " or ".join(other for other in ("bfloat16", "float32") if other != dtype)
+            raise PipelineError(
+                f"{place} is not finite: the model overflows in {dtype}; set models.*.dtype in params.yaml to {others}."
+            )
         raise PipelineError(
-            f"Sample {sample_id}, layer {layer}: a {name} is outside the range of float16 "
-            f"(largest magnitude {states.abs().max().item():.3g}); half precision cannot hold this cache."
+            f"{place} is outside the range of float16 (largest magnitude {states.abs().max().item():.3g}); traces "
+            "are stored in half precision, which cannot hold this cache."
         )
     return half.cpu().numpy()
 
@@ -289,6 +305,9 @@ class TraceReader:
                 return self._memory[sequence]
         tensors = self._read(self.shape.layer_numbers, sequence)
         with self._lock:
+            if sequence in self._memory:  # another thread was faster, and its bytes are counted
+                self._memory.move_to_end(sequence)
+                return self._memory[sequence]
             self._memory[sequence] = tensors
             self._memory_bytes += sum(tensor.nbytes for tensor in tensors)
             while self._memory_bytes > self._cache_bytes and len(self._memory) > 1:

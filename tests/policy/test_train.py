@@ -134,7 +134,7 @@ def test_gradients_do_not_depend_on_how_heads_are_split(
     generator = torch.Generator().manual_seed(1)
     keys, values = torch.randn(2, 4, 30, 4, generator=generator)
     importance = torch.rand(4, 30, generator=generator)
-    loss_of = train.loss_function(estimator, importance, PARAMS, step=0)
+    loss_of = train.loss_function(estimator, importance, train.draw_uniform(estimator, PARAMS, 0, 4, 30))
 
     whole = loss_of(policy(keys, values), slice(None))
     expected = torch.autograd.grad(whole.sum(), list(policy.parameters()))
@@ -216,3 +216,52 @@ def test_normalisation_statistics_are_those_of_the_training_data(
     states = states[..., seen]
     torch.testing.assert_close(policy.mean[:, 0].double(), states.mean(1), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(policy.std[:, 0].double(), states.std(1, correction=0), rtol=1e-4, atol=1e-5)
+
+
+def test_normalisation_sees_all_tasks_of_a_sorted_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sequence(task: int) -> list[LayerTrace]:
+        states = torch.full((2, 40, 4), float(task))
+        return [LayerTrace(states, states, torch.rand(2, 40, 5)) for _ in range(SHAPE.layers)]
+
+    tasks = [task for task in range(5) for _ in range(7)]  # sorted, as samples are
+    root = tmp_path / "traces"
+    write_shard(root, "train", 0, SHAPE, [(index, f"t{index}", sequence(task)) for index, task in enumerate(tasks)])
+    write_shard(root, "validation", 0, SHAPE, [(0, "v0", sequence(0))])
+    write_manifest(root, SHAPE, {"train": 1, "validation": 1})
+    monkeypatch.setattr(train, "NORMALISATION_SEQUENCES", 5)
+    run(root, tmp_path / "work", "exact", PARAMS.model_copy(update={"steps": 1}))
+    policy, _ = load_policy(tmp_path / "work")
+    torch.testing.assert_close(policy.mean, torch.full_like(policy.mean, 2.0))  # one sequence of each task
+    torch.testing.assert_close(policy.std, torch.full_like(policy.std, math.sqrt(2)))
+
+
+def test_the_device_draws_nothing() -> None:
+    uniform = train.draw_uniform("rloo", PARAMS, 7, 4, 30)
+    assert uniform.device.type == "cpu"
+    assert uniform.shape == (PARAMS.rloo_samples, 4, 30)
+    torch.testing.assert_close(uniform, train.draw_uniform("rloo", PARAMS, 7, 4, 30), rtol=0, atol=0)
+    assert not torch.equal(uniform, train.draw_uniform("rloo", PARAMS, 8, 4, 30))
+    assert train.draw_uniform("exact", PARAMS, 7, 4, 30).numel() == 0
+    # There is no generator for this device: a draw on it would raise.
+    scores, importance = (torch.rand(4, 30, device="meta") for _ in range(2))
+    loss = train.loss_function("rloo", importance, uniform.to("meta"))(scores, slice(None))
+    assert (loss.device.type, loss.shape) == ("meta", (4,))
+
+
+@pytest.mark.parametrize("estimator", ["exact", "rloo"])
+def test_a_training_that_diverges_stops_with_one_sentence(
+    traces: Path, tmp_path: Path, estimator: train.Estimator
+) -> None:
+    params = PARAMS.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0})
+    message = rf"^The training with {estimator} has diverged: at step \d+ .* of \d of 4 heads are not finite; "
+    with pytest.raises(PipelineError, match=message + r"lower train\.learning_rate \(1e\+30\) in params\.yaml\.$"):
+        run(traces, tmp_path / "work", estimator, params)
+    assert not [path for path in (tmp_path / "work").iterdir() if path.name != "checkpoint.safetensors"]
+
+
+def test_a_head_with_undefined_scores_costs_nan(traces: Path) -> None:
+    policy = Policy(PolicyShape(2, 2, 4, PARAMS.agent), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        policy.weights[-1][1] = torch.inf
+    cost = validation_cost(policy, TraceReader(traces, "validation", 0), "cpu")
+    assert cost.isfinite().tolist() == [True, False, True, True]

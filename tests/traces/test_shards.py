@@ -4,9 +4,13 @@ import dataclasses
 import errno
 import json
 import os
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pyarrow.parquet as pq
 import pytest
@@ -218,6 +222,53 @@ def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"Sample big, layer 0: a key is outside the range of float16"):
         write_shard(tmp_path, "train", 0, SHAPE, [(0, "big", random_traces(20, 0, scale=1e6))])
     assert not is_committed(tmp_path, "train", 0)
+
+
+@pytest.mark.parametrize(("dtype", "others"), [(torch.bfloat16, "float32"), (torch.float16, "bfloat16 or float32")])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_model_that_overflows_is_told_from_values_beyond_float16(dtype: torch.dtype, others: str, bad: float) -> None:
+    states = torch.ones(2, 5, 4, dtype=dtype)
+    assert shards.as_float16(states, "s", 3, "value").dtype == np.float16
+    states[1, 2, 3] = bad
+    name = str(dtype).removeprefix("torch.")
+    message = rf"^Sample s, layer 3: a value is not finite: the model overflows in {name}; .* to {others}\.$"
+    with pytest.raises(PipelineError, match=message):
+        shards.as_float16(states, "s", 3, "value")
+
+
+def test_leftovers_of_a_killed_process_are_not_published(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def sequences() -> Iterator[tuple[int, str, list[LayerTrace]]]:
+        yield 0, "a", random_traces(20, 0)
+        seen.extend(path.name for path in tmp_path.rglob(".*"))
+
+    (tmp_path / "train/layer=01").mkdir(parents=True)
+    killed = tmp_path / "train/layer=01/.shard-00000.1.tmp"
+    killed.write_bytes(b"half")
+    (tmp_path / ".manifest.json.1.tmp").write_bytes(b"half")
+    write_shard(tmp_path, "train", 0, SHAPE, sequences())
+    # Another process may be at work on the same shard: its file is neither written into nor taken away.
+    assert sorted(set(seen) - {killed.name, ".manifest.json.1.tmp"}) == [f".shard-00000.{os.getpid()}.tmp"]
+    assert killed.read_bytes() == b"half"
+    write_manifest(tmp_path, SHAPE, {"train": 1})
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_concurrent_misses_count_their_bytes_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path)
+    reader = TraceReader(tmp_path, "train", cache_bytes=1 << 30)
+    both = threading.Barrier(2)
+
+    def read(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        both.wait(timeout=60)  # both have missed before either has read
+        return TraceReader._read(reader, *arguments)
+
+    monkeypatch.setattr(reader, "_read", read)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(reader.read, (0, 0))
+    assert all(one is other for one, other in zip(first, second, strict=True))
+    assert reader._memory_bytes == sum(tensor.nbytes for tensor in first)
 
 
 def test_a_full_disk_gives_one_sentence_and_nothing_half_written(
