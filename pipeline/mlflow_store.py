@@ -22,7 +22,7 @@ from urllib.parse import quote, urlencode
 from filelock import FileLock
 
 from pipeline.errors import PipelineError
-from pipeline.workdir import repository_root as repository_root
+from pipeline.workdir import repository_root
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

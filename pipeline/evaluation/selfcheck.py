@@ -7,12 +7,8 @@ files (``pipeline/models.py`` holds them against the config) and knows no policy
 """
 
 import itertools
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +24,7 @@ from pipeline.forward import run_model
 from pipeline.layout import CacheLayout, cache_layout
 from pipeline.params import EvaluationParams, TracesParams
 from pipeline.traces.capture import ObservedLayer, Recorder, Tails, capture_attention, run_captured
+from pipeline.verdict import Verdict
 
 # Largest difference allowed in float32: nats of a token, a weight of attention, or a part of the largest number of a
 # layer's keys. Rounding stays a tenth of it or less; anything computed otherwise is far above it.
@@ -41,76 +38,13 @@ _RULES = EvaluationParams(budgets=(_CONTEXT,), n_sink=4, n_recent=16, seed=0)
 _TRACES = TracesParams(block_size=16, query_chunk=64, sequences_per_shard=1)
 
 
-@dataclass(frozen=True)
-class Check:
-    """What is known of a model that passed.
-
-    Attributes
-    ----------
-    tolerance
-        The largest difference from transformers' own numbers that was allowed (``TOLERANCE``).
-    tokens
-        Length of the longest text tried.
-    longest
-        Up to how many tokens numbers do not depend on how a text is cut into calls; None for as many as it reads.
-    ranked_layers, windows, heads, kv_heads, head_dim
-        The model's cache, see :class:`pipeline.layout.CacheLayout`.
-    """
-
-    model: str
-    dtype: str
-    verdict: str
-    tolerance: float
-    tokens: int
-    longest: int | None
-    ranked_layers: tuple[int, ...]
-    windows: dict[str, int]
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-    def as_json(self) -> dict[str, Any]:
-        """What is written: no measured difference and no time, so that a second check gives equal bytes."""
-        return asdict(self)
-
-
-def read_check(path: Path) -> Check:
-    """Read what the check stage wrote."""
-    try:
-        return Check(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise PipelineError(f"{path} holds no check of a model ({one_line(error)}); run the check stage.") from None
-
-
-def require_length(check: Check, samples: Sequence[Sample]) -> None:
-    """Refuse texts on which the model's numbers depend on how they are cut into calls.
-
-    Raises
-    ------
-    PipelineError
-        Names the longest sample.
-    """
-    longest = max(samples, key=_whole_length)
-    if check.longest is not None and _whole_length(longest) > check.longest:
-        raise PipelineError(
-            f"{check.model} computes positions in another way in texts of more than {check.longest} tokens, so that "
-            f"keys cached before no longer fit; sample {longest.sample_id} has {_whole_length(longest)}: shorten the "
-            "corpus or choose another model."
-        )
-
-
-def _whole_length(sample: Sample) -> int:
-    choices = max(map(len, sample.choices), default=0)
-    return max(len(sample.input_ids), sample.prompt_len + max(sample.max_new_tokens, choices))
-
-
 def check_model(
     model: PreTrainedModel,
     name: str,
     dtype: str,
     tolerance: float = TOLERANCE,
     report: Callable[[str, float], None] = lambda what, difference: None,
-) -> Check:
+) -> Verdict:
     """Hold our numbers against the model's own forward, then run it once in the dtype that will be used.
 
     Parameters
@@ -167,13 +101,14 @@ def check_model(
         raise PipelineError(
             f"{name} cannot be run as the pipeline runs it ({one_line(error)}); choose another model."
         ) from error
-    return Check(
+    return Verdict(
         name,
         dtype,
         "right",
         tolerance,
         len(ids),
         longest,
+        model.config.get_text_config(decoder=True).vocab_size,
         tuple(layout.ranked),
         {str(number): size for number, size in layout.windows.items()},
         layout.heads,
