@@ -117,7 +117,7 @@ def work_directory(stage: str, identity: dict[str, Any], upstream: list[Path], r
     with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)
         _claim(root / stage)
-        for leftover in directory.rglob(".*.tmp"):
+        for leftover in list(directory.rglob(".*.tmp")):
             remove(leftover)
     return directory
 

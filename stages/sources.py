@@ -30,14 +30,13 @@ def main() -> None:
     for name, sources in entries.items():
         write_json(work / "state" / f"{name}.json", state(sources))
     publish(work / "state", SOURCES / "state")
-    # DVC looks at the outputs of this stage whenever it is asked for anything. While one of them is DVC's own lock,
-    # which every call of DVC writes anew, the stage is always due; without local files it never is.
-    watch = SOURCES / "watch"
-    remove(watch)
-    watch.mkdir(parents=True)
-    (watch / ".gitkeep").touch()
+    # DVC compares the dependencies of this stage whenever it is asked for anything. While DVC's own lock is among them,
+    # into which every call of DVC writes its number, the stage is always due; without local files it never is.
+    watched = SOURCES / "watch/every-time"
+    remove(watched)
     if any(local_path(source) for source in every):
-        (watch / "every-time").symlink_to("../../.dvc/tmp/lock")
+        watched.parent.mkdir(exist_ok=True)
+        watched.symlink_to("../../.dvc/tmp/lock")
 
 
 if __name__ == "__main__":

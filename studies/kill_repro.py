@@ -66,9 +66,8 @@ class Pass:
     strays: Counter[str] = field(default_factory=Counter)
 
 
-def new_checkout(directory: Path) -> None:
-    """The tracked files with the ci profile, as a repository of their own that shares the fetched sources."""
-    shutil.rmtree(directory, ignore_errors=True)
+def new_origin(directory: Path) -> None:
+    """The tracked files with the ci profile, as a repository of their own: what is edited meanwhile does not count."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
     for name in names.rstrip("\0").split("\0"):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
@@ -76,6 +75,12 @@ def new_checkout(directory: Path) -> None:
     shutil.copy(directory / "profiles/ci.yaml", directory / "params.yaml")
     for command in ("init --quiet", "add --all", "commit --quiet --message Start"):
         subprocess.run(["git", *command.split()], cwd=directory, env=ENVIRONMENT, check=True)
+
+
+def new_checkout(directory: Path) -> None:
+    """A clone of the origin beside it, before any stage ran, that shares the fetched sources."""
+    shutil.rmtree(directory, ignore_errors=True)
+    subprocess.run(["git", "clone", "--quiet", directory.parent / "origin", directory], env=ENVIRONMENT, check=True)
     fetched = REPOSITORY / ".cache/sources"
     fetched.mkdir(parents=True, exist_ok=True)
     (directory / ".cache").mkdir()
@@ -193,6 +198,7 @@ def main() -> None:
     parser.add_argument("--scratch", type=Path, help="Where the checkouts lie; a temporary folder by default.")
     options = parser.parse_args()
     scratch = options.scratch or Path(tempfile.mkdtemp(prefix="kill-repro-"))
+    new_origin(scratch / "origin")
     reference = undisturbed(scratch / "undisturbed")
     print("stage: seconds undisturbed")
     for stage, seconds in reference.durations.items():

@@ -153,6 +153,30 @@ def test_an_edit_runs_the_stages_of_what_was_edited(edit: str, made: Path, proje
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", ["commit --force sources", "checkout sources", "push sources", "status"])
+def test_no_other_command_of_dvc_ends_the_watch(command: str, made: Path, project: Path) -> None:
+    if command.startswith("push"):
+        call(made, "dvc", "remote", "add", "--local", "--default", "--force", "storage", str(project / "storage"))
+    call(made, "dvc", *command.split())
+    assert (made / "sources/watch/every-time").is_symlink()
+    assert stages_run(call(made, "dvc", "repro", "sources")) == {"sources"}
+
+
+@pytest.mark.slow
+def test_the_watch_ends_with_the_last_local_source(made: Path) -> None:
+    kept = (made / "params.yaml").read_text()
+    shutil.copy(made / "profiles/ci.yaml", made / "params.yaml")
+    assert stages_run(call(made, "dvc", "repro", "sources")) == {"sources"}
+    assert "up to date" in call(made, "dvc", "status", "sources")
+    assert call(made, "git", "status", "--short", "sources") == ""
+    for _ in range(2):
+        assert stages_run(call(made, "dvc", "repro", "sources")) == set()
+    (made / "params.yaml").write_text(kept)
+    for _ in range(2):
+        assert stages_run(call(made, "dvc", "repro", "sources")) == {"sources"}
+
+
+@pytest.mark.slow
 def test_a_removed_source_is_named_by_its_own_stage_and_found_when_it_is_back(made: Path, project: Path) -> None:
     (made / "data/boolq.jsonl").rename(project / "elsewhere")
     done = repro(made, "samples@tiny-boolq")

@@ -30,7 +30,7 @@ from pipeline.errors import PipelineError
 from pipeline.traces.capture import LayerTrace
 from pipeline.traces.importance import pack_record, record_entries, record_lengths, unpack_record
 from pipeline.traces.pages import plain_values
-from pipeline.workdir import disk_errors, hash_file, write_json
+from pipeline.workdir import disk_errors, hash_file, remove, write_json
 
 MANIFEST = "manifest.json"
 # Larger than a row group, whose vectors then lie in one page and are read without Arrow (pipeline/traces/pages.py).
@@ -160,8 +160,8 @@ def write_manifest(root: Path, shape: TraceShape, splits: dict[str, int]) -> Non
 
 def remove_unfinished(root: Path) -> None:
     """Remove temporary files of killed processes from a directory that is complete, and so about to be published."""
-    for path in root.rglob(".*.tmp"):
-        path.unlink(missing_ok=True)
+    for path in list(root.rglob(".*.tmp")):
+        remove(path)
 
 
 def _open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
