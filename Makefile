@@ -3,6 +3,7 @@
 # make ui                MLflow's pages on this computer, and where to look in them; PORT=5000
 # make test              the tests, two files at a time, the longest one first
 # make bench             the benchmarks of speed, one after the other; results in perf/results
+# make gpu               the checks and benchmarks that need a GPU; results in perf/results
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -11,9 +12,11 @@ export DVC_NO_ANALYTICS := true
 
 PORT ?= 5000
 
-.PHONY: repro ui test bench
+.PHONY: repro ui test bench gpu
 repro: $(VENV)/installed
 	$(if $(PROFILE),cp profiles/$(PROFILE).yaml params.yaml)
+	# A copy of the files without their repository: DVC must not look for one.
+	git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true
 	dvc repro
 	# It has said why. Everything was computed, so this is no failure of the run.
 	python -m stages.track || { test $$? -eq 1 && echo "The results are complete; only MLflow lacks them." >&2; }
@@ -28,8 +31,11 @@ test: $(VENV)/installed
 	python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/installed
-	set -e; for script in $(filter-out perf/__init__.py perf/measure.py,$(wildcard perf/*.py)); do \
+	set -e; for script in $(filter-out perf/__init__.py perf/measure.py perf/gpu.py,$(wildcard perf/*.py)); do \
 		python -m perf.$$(basename $$script .py); done
+
+gpu: $(VENV)/installed
+	python -m perf.gpu
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

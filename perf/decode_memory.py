@@ -1,8 +1,8 @@
 """Memory that decoding holds after eviction, beside the full cache: real bytes, for each budget.
 
-One process for each budget prefills 4k tokens, evicts, drops the full cache, and decodes 32 tokens. Reported are
-the bytes of the evicted cache, and the peak of the process above what it holds with the weights alone
-(resident memory on a CPU, the allocator's on a GPU), over the decoding only.
+For each budget it prefills 4k tokens, evicts, drops the full cache, and decodes 32 tokens. Reported are the bytes of
+the evicted cache, and the peak above what is held with the weights alone, over the decoding only: resident memory of
+a process of its own on a CPU, the allocator's memory on a GPU.
 """
 
 import ctypes
@@ -15,9 +15,9 @@ from typing import Annotated
 
 import torch
 import typer
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
-from perf.measure import model_or_exit, write_result
+from perf.measure import benchmark_model, write_result
 from pipeline.evaluation.decode import EvictedCache, greedy_decode
 from pipeline.eviction.budget import gather_tokens, kept_tokens, protected_ranking
 
@@ -38,10 +38,9 @@ def settle() -> None:
 
 
 @torch.inference_mode()
-def decode_with(budget: int, length: int, model_directory: Path, device: str) -> dict[str, int]:
+def decode_with(model: PreTrainedModel, budget: int, length: int) -> dict[str, int]:
     """Bytes while decoding with ``budget`` of ``length`` tokens, all of them where they are equal."""
-    model = model_or_exit(model_directory, device)
-    on_gpu = torch.device(device).type == "cuda"
+    device, on_gpu = model.device, model.device.type == "cuda"
     ids = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0)).to(device)
     model(ids[:, :8])  # what the first call leaves is no part of the cache
     settle()
@@ -67,29 +66,38 @@ def decode_with(budget: int, length: int, model_directory: Path, device: str) ->
 
 def main(
     model_directory: Annotated[Path, typer.Option(help="What the model stage wrote.")] = Path("models/smollm2-135m"),
+    random: Annotated[str, typer.Option(help="A model of random weights instead (perf/measure.py).")] = "",
     device: str = "cpu",
+    dtype: str = "float32",
     length: Annotated[int, typer.Option(help="Tokens of the context.")] = 4096,
     budgets: Annotated[str, typer.Option(help="Tokens kept, comma-separated.")] = "64,256,1024,2048,4096",
     one: Annotated[bool, typer.Option(hidden=True, help="Measure the one budget in this process.")] = False,
 ) -> None:
-    """Measure each budget in a process of its own."""
+    """Measure each budget; a peak of resident memory never falls, so on a CPU in a process of its own."""
+    on_gpu = torch.device(device).type == "cuda"
+    model = benchmark_model(random, model_directory, device, dtype) if one or on_gpu else None
     if one:
-        print(json.dumps(decode_with(int(budgets), length, model_directory, device)))
+        assert model is not None
+        print(json.dumps(decode_with(model, int(budgets), length)))
         return
     found = {}
     for budget in budgets.split(","):
-        command = [sys.executable, "-m", "perf.decode_memory", "--one", "--budgets", budget, "--length", str(length)]
-        command += ["--model-directory", str(model_directory), "--device", device]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(done.returncode)
-        found[budget] = json.loads(done.stdout)
+        if model is not None:
+            found[budget] = decode_with(model, int(budget), length)
+        else:
+            command = [sys.executable, "-m", "perf.decode_memory", "--one", "--budgets", budget, "--random", random]
+            command += ["--model-directory", str(model_directory), "--dtype", dtype, "--length", str(length)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(done.returncode)
+            found[budget] = json.loads(done.stdout)
         print(
             f"budget {budget} of {length}: cache {found[budget]['cache_bytes'] / 1e6:.1f} MB, peak of decoding above "
             f"the weights {found[budget]['peak_bytes'] / 1e6:.1f} MB",
             flush=True,
         )
-    print(write_result("decode_memory", device, {"length": length, "new_tokens": NEW_TOKENS, "budgets": found}))
+    options = {"model": random or model_directory.name, "dtype": dtype, "length": length, "new_tokens": NEW_TOKENS}
+    print(write_result("decode_memory", device, {**options, "budgets": found}))
 
 
 if __name__ == "__main__":

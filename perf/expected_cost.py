@@ -97,10 +97,13 @@ def measure(n: int, heads: int, repeats: int, device: str, naive_bytes: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tokens", type=int, nargs="+", help="of the sizes measured, only these")
     parser.add_argument("--naive-gb", type=float, default=4.0, help="memory that the n x n formula may take")
     arguments = parser.parse_args()
     rows = []
     for n, heads, repeats in SIZES:
+        if arguments.tokens and n not in arguments.tokens:
+            continue
         rows += measure(n, heads, repeats, arguments.device, int(arguments.naive_gb * 1e9))
     write_result("expected_cost", arguments.device, {"spacing": SPACING, "nodes": NODES, "rows": rows})
 

@@ -1,8 +1,9 @@
-"""What the benchmarks share: timing side by side, and results as JSON. It knows nothing that is measured."""
+"""What the benchmarks share: timing side by side, models, and results as JSON. It knows nothing that is measured."""
 
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -10,12 +11,53 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
 from pipeline.errors import PipelineError
 from pipeline.models import load_model
 
-RESULTS = Path(__file__).parent / "results"
+# Another directory for results that are not to be kept.
+RESULTS = Path(os.environ.get("PERF_RESULTS") or Path(__file__).parent / "results")
+# Models of random weights: as fast as the published ones of the same sizes, and there is nothing to fetch.
+RANDOM_MODELS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "smollm2-135m": (
+        LlamaConfig,
+        {
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "vocab_size": 49152,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen2.5-7b": (
+        Qwen2Config,
+        {
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152064,
+            "max_position_embeddings": 32768,
+        },
+    ),
+    "tiny": (
+        LlamaConfig,
+        {
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "vocab_size": 256,
+            "max_position_embeddings": 8192,
+        },
+    ),
+}
 
 
 def interleaved(
@@ -29,10 +71,10 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(-warm_up, repeats):
         for name, work in works.items():
-            _wait(device)
+            wait(device)
             started = time.perf_counter()
             work()
-            _wait(device)
+            wait(device)
             if repeat >= 0:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
@@ -52,10 +94,35 @@ def model_or_exit(directory: Path, device: str, dtype: str = "float32") -> PreTr
         raise SystemExit(f"error: {error} 'dvc repro model@smollm2-135m' makes the default one.") from None
 
 
+def random_model(name: str, device: str, dtype: str = "float32") -> PreTrainedModel:
+    """One of :data:`RANDOM_MODELS`, built on the device: a processor would take minutes to draw 7B weights."""
+    if name not in RANDOM_MODELS:
+        raise SystemExit(f"error: no sizes are known of {name}; choose one of {', '.join(RANDOM_MODELS)}.")
+    kind, sizes = RANDOM_MODELS[name]
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(kind(**sizes), dtype=getattr(torch, dtype))
+    return model.eval()
+
+
+def benchmark_model(random: str, directory: Path, device: str, dtype: str = "float32") -> PreTrainedModel:
+    """A model of random weights where one is named, else the one in ``directory``."""
+    return random_model(random, device, dtype) if random else model_or_exit(directory, device, dtype)
+
+
+def device_name(device: str) -> str:
+    """How files of results name a device: ``cpu``, or what tells one GPU from another, like ``h100``."""
+    kind = torch.device(device).type
+    if kind != "cuda":
+        return kind
+    number = re.search(r"[a-z]*\d+", torch.cuda.get_device_name(device).lower())
+    return number[0] if number else kind
+
+
 def write_result(name: str, device: str, content: Mapping[str, Any]) -> Path:
-    """Write ``perf/results/<name>-<kind of device>.json`` with what the machine is; returns its path."""
+    """Write ``<name>-<device>.json`` to :data:`RESULTS` with what the machine is; returns its path."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{torch.device(device).type}.json"
+    path = RESULTS / f"{name}-{device_name(device)}.json"
     path.write_text(json.dumps({"machine": _machine(device), **content}, indent=2) + "\n")
     return path
 
@@ -81,6 +148,7 @@ def _processor() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def _wait(device: str) -> None:
+def wait(device: str) -> None:
+    """Until the device has done what it was given: a GPU works behind the caller's back."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

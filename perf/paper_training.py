@@ -4,8 +4,9 @@
 
 Runs ``train_policy`` on random traces in memory, or on those of ``--traces``, for a few steps after a warm-up and
 projects 4,000 of them; time grows with the tokens of a step (both estimators are near-linear), so the projection
-goes by seconds per cached token. Beside it: FLOPs and bytes of a mean step, and what an H100 would need by the
-rates in ``pipeline/planning/devices.py``, an estimate.
+goes by seconds per cached token. It also says for how much of that time training waited for its data. Beside it:
+FLOPs and bytes of a mean step, and what an H100 would need by the rates in ``pipeline/planning/devices.py``, an
+estimate.
 """
 
 import argparse
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor
 
 from perf.measure import write_result
+from perf.trace_reading import TimedQueue
 from pipeline.params import AgentParams, load_params
 from pipeline.planning.counts import step_work
 from pipeline.planning.devices import DEVICES
+from pipeline.policy import train
 from pipeline.policy.agents import PolicyShape
 from pipeline.policy.train import describe, draw_cut, train_policy
 from pipeline.traces.shards import SequenceInfo, TraceReader, TraceShape
@@ -51,6 +54,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--traces", type=Path, help="traces on disk instead of random ones")
     parser.add_argument("--estimator", choices=["exact", "rloo"], default="exact")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="of a random sequence; the paper has 4,500")
     parser.add_argument("--steps", type=int, help="steps to time; 3 on a CPU, 200 elsewhere")
     arguments = parser.parse_args()
     device, on_cpu = arguments.device, torch.device(arguments.device).type == "cpu"
@@ -58,22 +62,23 @@ def main() -> None:
     if arguments.traces:
         reader, validation = (TraceReader(arguments.traces, split, 8 << 30) for split in ("train", "validation"))
     else:
-        reader, validation = RandomTraces(TOKENS, 2), RandomTraces(2 * SHAPE.block_size, 1)
+        reader, validation = RandomTraces(arguments.tokens, 2), RandomTraces(2 * SHAPE.block_size, 1)
     steps = warm_up + timed
     changes = {"agent": AGENT, "steps": steps + 1, "validate_every": steps + 1, "checkpoint_every": steps + 1}
     params = load_params().train.model_copy(update=changes)
-    marks: list[float] = []
+    marks: list[tuple[float, float]] = []
+    train.Queue = TimedQueue  # type: ignore[misc,assignment]
 
     def advance(count: int, status: str) -> None:
         if not on_cpu:
             torch.cuda.synchronize(device)
-        marks.append(time.perf_counter())
+        marks.append((time.perf_counter(), TimedQueue.waited))
 
     with tempfile.TemporaryDirectory() as work:
         config = describe(params, reader, arguments.estimator)
         train_policy(Path(work), reader, validation, arguments.estimator, params, config, device, advance)
     # The first mark is before the first step; the last step validates and is left out.
-    seconds = marks[steps] - marks[warm_up]
+    seconds, waited = (after - before for after, before in zip(marks[steps], marks[warm_up], strict=True))
     tokens = sum(draw_cut(reader, params, step).cache_size for step in range(warm_up, steps))
     longest = max(sequence.tokens for sequence in reader.sequences)
     mean_tokens = reader.shape.block_size * ((longest - 1) // reader.shape.block_size + 1) / 2
@@ -86,7 +91,7 @@ def main() -> None:
     name = "CPU" if on_cpu else torch.cuda.get_device_name(device)
     print(
         f"{shape.heads} agents, {arguments.estimator}: {timed} steps of {tokens / timed:.0f} tokens on average, "
-        f"{seconds / timed:.3f} s each\n"
+        f"{seconds / timed:.3f} s each, {waited / seconds:.0%} of it waiting for data\n"
         f"projected on this {name}: {STEPS} steps of {mean_tokens:.0f} tokens on average in {projected / 60:.1f} min\n"
         f"a mean step: {work.agent_flops / 1e9:.0f} GFLOP of products, {work.moved / 1e9:.1f} GB moved, "
         f"{transfer / 1e9:.2f} GB to the device\n"
@@ -97,13 +102,14 @@ def main() -> None:
         "traces": str(arguments.traces or "random, in memory"),
         "seconds_per_step": seconds / timed,
         "tokens_per_step": tokens / timed,
+        "share_waiting_for_data": waited / seconds,
         "projected_minutes": projected / 60,
         "flops_per_step": work.agent_flops,
         "bytes_per_step": work.moved,
         "bytes_to_the_device_per_step": transfer,
         "estimated_h100_minutes": h100 / 60,
     }
-    write_result("paper_training", device, content)
+    write_result("paper_training" if arguments.estimator == "exact" else "paper_training_rloo", device, content)
 
 
 if __name__ == "__main__":

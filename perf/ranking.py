@@ -12,7 +12,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
-from perf.measure import model_or_exit, write_result
+from perf.measure import benchmark_model, write_result
 from pipeline.evaluation.latency import measure_latency
 from pipeline.models import head_shape
 from pipeline.params import AgentParams
@@ -21,7 +21,7 @@ from pipeline.policy.agents import Policy, PolicyShape
 AGENT = AgentParams(hidden_width=256, hidden_layers=2, position_features=("position",))
 
 
-def qwen_layer(dtype: torch.dtype) -> PreTrainedModel:
+def qwen_layer(dtype: torch.dtype, device: str) -> PreTrainedModel:
     """One layer with the sizes of Qwen2.5-7B and a small vocabulary."""
     config = Qwen2Config(
         hidden_size=3584,
@@ -31,7 +31,8 @@ def qwen_layer(dtype: torch.dtype) -> PreTrainedModel:
         num_key_value_heads=4,
         vocab_size=1024,
     )
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.device(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return model.eval()
 
 
@@ -49,16 +50,18 @@ def flops_per_token(model: PreTrainedModel, policy: Policy, length: int) -> tupl
 
 def main(
     model_directory: Annotated[Path, typer.Option(help="What the model stage wrote.")] = Path("models/smollm2-135m"),
+    random: Annotated[str, typer.Option(help="A model of random weights instead (perf/measure.py).")] = "",
+    only_model: Annotated[bool, typer.Option(help="Leave out the layer of Qwen2.5-7B's shapes.")] = False,
     device: str = "cpu",
     lengths: Annotated[str, typer.Option(help="Tokens, comma-separated.")] = "1024,4096",
     repeats: int = 3,
 ) -> None:
     """Time ranking and prefill of both models."""
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    models = {
-        "SmolLM2-135M": model_or_exit(model_directory, device, str(dtype).removeprefix("torch.")),
-        "one layer of Qwen2.5-7B's shapes": qwen_layer(dtype).to(device),  # type: ignore[arg-type]
-    }
+    name = f"{random}, random weights" if random else "SmolLM2-135M"
+    models = {name: benchmark_model(random, model_directory, device, str(dtype).removeprefix("torch."))}
+    if not only_model:
+        models["one layer of Qwen2.5-7B's shapes"] = qwen_layer(dtype, device)
     found: dict[str, dict[str, dict[str, float]]] = {}
     for name, model in models.items():
         policy = Policy(PolicyShape(*head_shape(model), AGENT), torch.Generator().manual_seed(0)).eval().to(device)

@@ -2,7 +2,8 @@
 
 RULER at 1k and 4k, 10 policies x 8 budgets, 32 generated tokens. The other side compresses with kvpress's hooks
 during a plain transformers prefill and decodes one row with transformers' own cache and attention; it keeps the
-same tokens, so that the texts can be compared. By default it runs one budget of each policy, another one
+same tokens, so that the texts can be compared. A model of random weights (--random) has no tokenizer: its context is
+random tokens. By default it runs one budget of each policy, another one
 for each, and its time is multiplied by the number of budgets; --all-pairs runs all of them.
 """
 
@@ -13,15 +14,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 import typer
-from kvpress import BasePress
+from kvpress import BasePress, SnapKVPress
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from perf.measure import interleaved, median_ratio, model_or_exit, write_result
+from perf.measure import benchmark_model, interleaved, median_ratio, wait, write_result
 from pipeline.corpora import ruler
 from pipeline.corpora.samples import Sample
 from pipeline.evaluation.decode import greedy_decode
@@ -37,6 +39,8 @@ BUDGETS = (48, 64, 96, 128, 192, 256, 384, 512)
 NEW_TOKENS = 32
 TASK = "niah_multiquery"
 SEED = 0
+# Policy -> how many of the last queries it looks at.
+OBSERVED = {"snapkv": SnapKVPress.window_size, "tova": 1}
 
 
 @dataclass
@@ -44,6 +48,7 @@ class OneBudget(BasePress):  # type: ignore[misc]  # kvpress is untyped
     """Keeps what one policy ranks first, as the sweep does; the last token is left out, to be fed again."""
 
     score: Callable[[LayerCache], Tensor]
+    queries: int  # whose attention is looked at
     budget: int
     evaluation: EvaluationParams
 
@@ -51,7 +56,13 @@ class OneBudget(BasePress):  # type: ignore[misc]  # kvpress is untyped
         self, module: Any, hidden_states: Tensor, keys: Tensor, values: Tensor, attentions: Any, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Keys and values (1, kv_heads, budget - 1, head_dim)."""
-        scores = self.score(LayerCache(module, hidden_states, keys, values, kwargs, SEED))
+        weights = hidden_states.new_zeros(1, module.config.num_attention_heads, 0, keys.shape[2] - self.queries)
+        if self.queries:  # as kvpress itself does it: queries are computed again
+            weights = SnapKVPress.compute_window_attention(
+                module, hidden_states, keys, self.queries, kwargs["position_embeddings"]
+            )
+        attention = F.pad(weights[0].float(), (0, self.queries))
+        scores = self.score(LayerCache(module.layer_idx, keys[0], values[0], attention, SEED))
         ranking = protected_ranking(scores, self.evaluation.n_sink, self.evaluation.n_recent)
         kept = kept_tokens(ranking, self.budget)[None, :, :-1]
         return gather_tokens(keys[0], kept), gather_tokens(values[0], kept)
@@ -78,8 +89,10 @@ def one_pair(model: PreTrainedModel, press: BasePress, ids: Tensor, end_tokens: 
 @torch.inference_mode()
 def whole_sweep(sweep: Sweep, sample: Sample) -> tuple[dict[tuple[PolicyKey, int | None], list[int]], dict[str, float]]:
     """What :meth:`Sweep.run` does for a generated text, costs aside, with its tokens and the seconds of its parts."""
+    device = sweep.model.device.type
     started = time.perf_counter()
     prefill = sweep.prefill(sample, SEED)
+    wait(device)
     prefilled = time.perf_counter()
     # The oracle cannot be had by the other side: it looks at the answer.
     scores = {key: found for key, found in prefill.scores[sample.context_len].items() if key != ORACLE}
@@ -88,6 +101,7 @@ def whole_sweep(sweep: Sweep, sample: Sample) -> tuple[dict[tuple[PolicyKey, int
         for key, found in scores.items()
     }
     cache, rows = sweep.evict(prefill, rankings, NEW_TOKENS)
+    wait(device)
     evicted = time.perf_counter()
     last = sample.context_len - 1
     texts = greedy_decode(
@@ -113,6 +127,12 @@ def make_sample(length: int, model_directory: Path) -> Sample:
         return ruler.build(params, "ruler", *sources, model_directory, Path(work))["test"][0]
 
 
+def random_sample(length: int, vocabulary: int) -> Sample:
+    """A context of random tokens, and one token behind it."""
+    ids = torch.randint(vocabulary, (length + 1,), generator=torch.Generator().manual_seed(SEED)).tolist()
+    return Sample("random", "random", "random", "test", tuple(ids), length, None, ("",), NEW_TOKENS, "{}", "nll")
+
+
 def compare(
     sweep: Sweep,
     sample: Sample,
@@ -129,7 +149,12 @@ def compare(
 
     def theirs() -> None:
         answers["pairs"] = [
-            one_pair(sweep.model, OneBudget(scores[key], budget, sweep.evaluation), ids, sweep.end_tokens)
+            one_pair(
+                sweep.model,
+                OneBudget(scores[key], OBSERVED.get(key.policy, 0), budget, sweep.evaluation),
+                ids,
+                sweep.end_tokens,
+            )
             for key, budget in pairs
         ]
 
@@ -153,13 +178,15 @@ def compare(
 
 def main(
     model_directory: Annotated[Path, typer.Option(help="What the model stage wrote.")] = Path("models/smollm2-135m"),
+    random: Annotated[str, typer.Option(help="A model of random weights instead (perf/measure.py).")] = "",
     device: str = "cpu",
+    dtype: str = "float32",
     lengths: Annotated[str, typer.Option(help="Tokens, comma-separated.")] = "1024,4096",
     all_pairs: Annotated[bool, typer.Option(help="All pairs on the other side: 5 and 15 minutes a turn.")] = False,
     turns: Annotated[int, typer.Option(help="How often both sides run.")] = 3,
 ) -> None:
     """Time one sweep against one prefill and one decode per pair."""
-    model = model_or_exit(model_directory, device)
+    model = benchmark_model(random, model_directory, device, dtype)
     evaluation = EvaluationParams(budgets=BUDGETS, n_sink=4, n_recent=16, seed=SEED)
     traces = TracesParams(block_size=64, query_chunk=256, sequences_per_shard=1)
     agent = AgentParams(hidden_width=256, hidden_layers=2, position_features=("position", "age"))
@@ -169,29 +196,32 @@ def main(
         PolicyKey("kvp", str(seed)): Policy(shape, torch.Generator().manual_seed(seed)).eval().to(device)
         for seed in range(3)
     }
-    sweep = Sweep(model, load_tokenizer(model_directory), policies, evaluation, traces, BUDGETS)
+    # Only RULER's text needs a tokenizer.
+    tokenizer = cast(PreTrainedTokenizerBase, None) if random else load_tokenizer(model_directory)
+    sweep = Sweep(model, tokenizer, policies, evaluation, traces, BUDGETS)
     scores: dict[PolicyKey, Callable[[LayerCache], Tensor]] = {
-        key: lambda cache, policy=policy: policy(cache.keys[0], cache.values[0], layer=int(cache.module.layer_idx))
+        key: lambda cache, policy=policy: policy(cache.keys, cache.values, layer=cache.number)
         for key, policy in policies.items()
     } | {PolicyKey(name): score for name, score in BASELINES.items()}
     found = {}
     for length in map(int, lengths.split(",")):
-        sample = make_sample(length, model_directory)
-        sweep.run(sample, SEED)  # warm
+        sample = random_sample(length, model.config.vocab_size) if random else make_sample(length, model_directory)
+        whole_sweep(sweep, sample)  # warm
         pairs = list(itertools.product(scores, BUDGETS))
         if not all_pairs:
             pairs = [(key, BUDGETS[place % len(BUDGETS)]) for place, key in enumerate(scores)]
         found[str(length)] = row = compare(sweep, sample, scores, pairs, turns)
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row["sweep_parts"].items())
         print(
-            f"RULER {TASK}, {sample.context_len} tokens, {len(scores)} policies x {len(BUDGETS)} budgets, {NEW_TOKENS} "
-            f"tokens: sweep {row['sweep_seconds']:.1f} s ({parts}), a prefill and a decode per pair "
-            f"{row['per_pair_seconds']:.0f} s ({len(pairs)} pairs measured), ratio {row['ratio']:.1f} "
+            f"{sample.corpus} {sample.task}, {sample.context_len} tokens, {len(scores)} policies x {len(BUDGETS)} "
+            f"budgets, {NEW_TOKENS} tokens: sweep {row['sweep_seconds']:.1f} s ({parts}), a prefill and a decode per "
+            f"pair {row['per_pair_seconds']:.0f} s ({len(pairs)} pairs measured), ratio {row['ratio']:.1f} "
             f"({row['lowest_ratio']:.1f} to {row['highest_ratio']:.1f}); {row['equal_texts']} of {len(pairs)} texts "
             "equal",
             flush=True,
         )
-    print(write_result("sweep", device, {"policies": len(scores), "budgets": BUDGETS, "lengths": found}))
+    options = {"model": random or model_directory.name, "dtype": dtype, "policies": len(scores), "budgets": BUDGETS}
+    print(write_result("sweep", device, {**options, "lengths": found}))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,17 @@
-"""Which layers of a model attend to the whole context. It knows a model's config and nothing else."""
+"""How layers are numbered, and what a config says of them before there is a model to ask (``pipeline/layout.py``)."""
 
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, NewType
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# A layer's number in the model, and its index among the ranked ones: agents, records, rankings and costs are kept in
+# the order of the latter. In a model whose layers all attend to the whole context the two are equal.
+ModelLayer = NewType("ModelLayer", int)
+RankedLayer = NewType("RankedLayer", int)
 
 
-def layer_kinds(config: PretrainedConfig) -> list[str]:
+def layer_kinds(config: "PretrainedConfig") -> list[str]:
     """``full_attention``, ``sliding_attention`` or another kind of transformers', for every layer."""
     window = getattr(config, "sliding_window", None)
     # A window that no text can exceed leaves nothing out.
@@ -13,11 +21,6 @@ def layer_kinds(config: PretrainedConfig) -> list[str]:
     return ["full_attention" if kind == "sliding_attention" and not slides else kind for kind in kinds]
 
 
-def full_attention_layers(config: PretrainedConfig) -> tuple[int, ...]:
-    """Numbers of the layers that attend to the whole context: the ones that are captured, ranked and evicted.
-
-    Everything kept per layer (records, agents, rankings, costs) is in this order, so entry ``i`` belongs to the
-    model's layer ``full_attention_layers(config)[i]``. The caches of the other layers slide over a window; they
-    do not grow with the context, so a ranking over all tokens means nothing there.
-    """
-    return tuple(layer for layer, kind in enumerate(layer_kinds(config)) if kind == "full_attention")
+def full_attention_layers(config: "PretrainedConfig") -> tuple[ModelLayer, ...]:
+    """Numbers of the layers that attend to the whole context, as the config tells it."""
+    return tuple(ModelLayer(layer) for layer, kind in enumerate(layer_kinds(config)) if kind == "full_attention")

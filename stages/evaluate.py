@@ -13,6 +13,7 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
     from pipeline.models import load_model, load_tokenizer
     from pipeline.params import TRAINABLE, entry, load_params
     from pipeline.policy.agents import load_policy
+    from pipeline.verdict import read_verdict, require_readable
     from pipeline.workdir import publish, work_directory
 
     check_device(device)
@@ -32,6 +33,7 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
     work = work_directory(f"evaluate-{model}-{corpus}", identity, [weights, test, *directories.values()])
     policies = {key: load_policy(directory, model)[0].to(device) for key, directory in directories.items()}
     samples = read_samples(test)
+    require_readable(read_verdict(Path("checks") / f"{model}.json"), samples)
     limit_threads()
     sweep = Sweep(
         load_model(weights, dtype, device),
@@ -43,6 +45,7 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
         whole_if_shorter=what.kind not in TRAINABLE,
         answer_perplexity=perplexity,
     )
+    sweep.check(samples)
     outputs = {
         name: [work / name / f"{index:05d}.parquet" for index in range(len(samples))] for name in ("cost", "evaluation")
     }

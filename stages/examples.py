@@ -14,6 +14,7 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
     from pipeline.models import load_model, load_tokenizer
     from pipeline.params import entry, load_params
     from pipeline.policy.agents import load_policy
+    from pipeline.verdict import read_verdict, require_readable
     from pipeline.workdir import publish, work_directory
 
     check_device(device)
@@ -32,6 +33,7 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
     policies = {key: load_policy(directory, model)[0].to(device) for key, directory in directories.items()}
     samples = read_samples(test)
     chosen = choose_examples(samples, tasks)
+    require_readable(read_verdict(Path("checks") / f"{model}.json"), [samples[index] for index in chosen])
     limit_threads()
     tokenizer = load_tokenizer(weights)
     language_model = load_model(weights, dtype, device)

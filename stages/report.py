@@ -16,6 +16,7 @@ def report(
     samples: Annotated[Path, typer.Option(help="Where the samples stage wrote.")] = Path("samples"),
     models: Annotated[Path, typer.Option(help="Where the model stage wrote.")] = Path("models"),
     examples: Annotated[Path, typer.Option(help="Where the examples stage wrote.")] = Path("examples"),
+    checks: Annotated[Path, typer.Option(help="Where the check stage wrote.")] = Path("checks"),
     params_file: Annotated[Path, typer.Option("--params", help="The params file.")] = Path("params.yaml"),
 ) -> None:
     """Show the results as figures and one self-contained page."""
@@ -53,10 +54,11 @@ def report(
 
     identity = {"matrix": params.matrix.model_dump(mode="json"), "report": params.report.model_dump(mode="json")}
     work = work_directory("report", identity, [results, examples])
-    drawn = [(drawing, figures.save(drawing, work)) for drawing in drawings]
-    recorded = page.recorded_sources(models, samples, params)
-    write_text(REPORTS / "index.html", page.render(params, numbers, drawn, recorded, block))
-    publish(work, REPORTS / "figures")
+    drawn = [(drawing, figures.save(drawing, work / "figures")) for drawing in drawings]
+    recorded = page.recorded_sources(models, samples, checks, params)
+    write_text(work / "index.html", page.render(params, numbers, drawn, recorded, block))
+    publish(work / "index.html", REPORTS / "index.html")
+    publish(work / "figures", REPORTS / "figures")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def results(
     """Merge the evaluation tables and write metrics and plots for DVC."""
     from pipeline.params import load_params
     from pipeline.reporting import summaries, tables
-    from pipeline.workdir import atomic_write, write_json
+    from pipeline.workdir import atomic_write, publish, work_directory, write_json
 
     params = load_params(params_file)
     evaluation = tables.read_evaluations(evaluations, params.matrix)
@@ -29,12 +29,13 @@ def results(
     scores = tables.score_table(evaluation, params.report)
     costs = tables.cost_table(tables.normalised_costs(cost, evaluation), params.report)
 
+    work = work_directory("results", {"matrix": params.matrix.model_dump(mode="json")}, [])
     for name, frame in (("evaluation", evaluation), ("cost", cost)):
-        with atomic_write(RESULTS / f"{name}.parquet") as temporary:
+        with atomic_write(work / RESULTS / f"{name}.parquet") as temporary:
             frame.write_parquet(temporary)
-    write_json(METRICS / "scores.json", summaries.score_metrics(scores))
-    write_json(METRICS / "cost.json", summaries.cost_metrics(costs))
-    write_json(METRICS / "training.json", summaries.training_metrics(training, tables.steps_table(training)))
+    write_json(work / METRICS / "scores.json", summaries.score_metrics(scores))
+    write_json(work / METRICS / "cost.json", summaries.cost_metrics(costs))
+    write_json(work / METRICS / "training.json", summaries.training_metrics(training, tables.steps_table(training)))
     plots = {
         "accuracy_vs_budget": summaries.score_plot(scores, "accuracy"),
         "perplexity_vs_budget": summaries.score_plot(scores, "perplexity"),
@@ -42,8 +43,11 @@ def results(
         "training_curves": summaries.training_plot(training),
     }
     for name, frame in plots.items():
-        with atomic_write(PLOTS / f"{name}.csv") as temporary:
+        with atomic_write(work / PLOTS / f"{name}.csv") as temporary:
             frame.write_csv(temporary)
+    for folder in (RESULTS, METRICS, PLOTS):
+        for file in sorted((work / folder).iterdir()):
+            publish(file, folder / file.name)
 
 
 if __name__ == "__main__":

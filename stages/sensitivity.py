@@ -21,7 +21,7 @@ def main(
     from pipeline.params import load_params
     from pipeline.sensitivity.study import count_trainings, run_study
     from pipeline.sensitivity.trace_sets import longer_sets, trace_sets
-    from pipeline.workdir import atomic_write, work_directory
+    from pipeline.workdir import atomic_write, hash_manifest, publish, work_directory
 
     check_device(device)
     params = load_params()
@@ -35,13 +35,15 @@ def main(
         if "hidden" in sensitivity.inputs:
             upstream += [found.hidden for found in (*trained, *longer.values())]
         lengths = {found.corpus: found.length for found in trained}
-        identity = {"layers": sensitivity.layers, "lengths": lengths}
-        work = work_directory(f"sensitivity-{model}", identity, upstream)
+        identity = {"layers": sensitivity.layers, "lengths": lengths, "traces": list(map(hash_manifest, upstream))}
+        work = work_directory(f"sensitivity-{model}", identity, [])
         total = len(trained) * count_trainings(train, sensitivity)
         with progress(f"sensitivity {model}", total) as advance:
             frames.append(run_study(work, trained, longer, train, sensitivity, int(cache_gb * 1e9), device, advance))
-    with atomic_write(Path("results/sensitivity.parquet")) as temporary:
+    out = work_directory("sensitivity", {"models": params.matrix.model}, []) / "sensitivity.parquet"
+    with atomic_write(out) as temporary:
         pl.concat(frames).write_parquet(temporary)
+    publish(out, Path("results/sensitivity.parquet"))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
     from pipeline.models import load_model
     from pipeline.params import RulerParams, entry, load_params
     from pipeline.sensitivity.capture import capture, count_sequences, longer_samples
+    from pipeline.verdict import read_verdict, require_readable
     from pipeline.workdir import publish, work_directory
 
     check_device(device)
@@ -34,6 +35,8 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
     longer: list[Sample] = []
     if corpus in study.longer and isinstance(source, RulerParams):
         longer = longer_samples(source, study.longer[corpus], corpus, weights, splits["train"], work / "samples")
+    for rows in (*splits.values(), longer):
+        require_readable(read_verdict(Path("checks") / f"{model}.json"), rows)
     language_model = load_model(weights, dtype, device)
     with progress(f"study traces {model} {corpus}", count_sequences(splits, longer, study)) as advance:
         capture(work / "out", language_model, model, corpus, splits, longer, study, params.traces, advance)

@@ -11,6 +11,7 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
     from pipeline.models import load_model
     from pipeline.params import entry, load_params
     from pipeline.traces.build import build_traces
+    from pipeline.verdict import read_verdict, require_readable
     from pipeline.workdir import publish, work_directory
 
     check_device(device)
@@ -18,6 +19,8 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
     dtype = entry(params.models, model, "models").dtype
     weights, samples = Path("models") / model, Path("samples") / model / corpus
     splits = {split: read_samples(samples / f"{split}.parquet") for split in ("train", "validation")}
+    for rows in splits.values():
+        require_readable(read_verdict(Path("checks") / f"{model}.json"), rows)
     identity = {"traces": params.traces.model_dump(mode="json"), "dtype": dtype}
     files = [samples / f"{split}.parquet" for split in splits]
     work = work_directory(f"traces-{model}-{corpus}", identity, [weights, *files])

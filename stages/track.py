@@ -17,6 +17,7 @@ def track(
     """Log what MLflow does not have yet: stages restored from DVC's cache have logged nothing."""
     from pipeline import mlflow_store, tracking
     from pipeline.params import load_params
+    from pipeline.workdir import repository_root
 
     params = load_params(params_file)
     for model in params.matrix.model:
@@ -24,7 +25,7 @@ def track(
             for estimator in params.matrix.estimator:
                 tracking.log_training(policies / model / corpus / estimator)
     tracking.log_evaluation(results, reports, params)
-    uri = mlflow_store.tracking_uri(mlflow_store.repository_root())
+    uri = mlflow_store.tracking_uri(repository_root())
     started = "" if uri.startswith("http") else " once `make ui` has started MLflow"
     typer.echo(f"Compare the runs in a browser{started}:", err=True)
     for line in mlflow_store.links(mlflow_store.server_address(uri)):

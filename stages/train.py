@@ -21,17 +21,18 @@ def main(
     from pipeline.policy.train import describe, train_policy
     from pipeline.traces.shards import TraceReader
     from pipeline.tracking import log_finished_training
-    from pipeline.workdir import hash_path, publish, work_directory, write_text
+    from pipeline.workdir import hash_manifest, publish, work_directory, write_text
 
     check_device(device)
     params = load_params()
     traces, out = Path("traces") / model / corpus, Path("policies") / model / corpus / estimator
-    identity = params.train.model_dump(mode="json") | {"estimator": estimator}
-    work = work_directory(f"train-{model}-{corpus}-{estimator}", identity, [traces])
+    seen = hash_manifest(traces)
+    identity = params.train.model_dump(mode="json") | {"estimator": estimator, "traces": seen}
+    work = work_directory(f"train-{model}-{corpus}-{estimator}", identity, [])
     cache = int(cache_gb * 1e9)
     reader, validation = TraceReader(traces, "train", cache), TraceReader(traces, "validation", cache)
     config = describe(params.train, reader, estimator)
-    config |= {"fingerprint": work.name, "trace_fingerprint": hash_path(traces)}
+    config |= {"fingerprint": work.name, "trace_fingerprint": seen}
     limit_threads()
     with progress(f"train {model} {corpus} {estimator}", params.train.steps) as advance:
         train_policy(work, reader, validation, estimator, params.train, config, device, advance)

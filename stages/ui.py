@@ -13,8 +13,9 @@ def ui(port: Annotated[int, typer.Option(help="Port on this computer.", min=1, m
     """Show what is logged; Ctrl-C ends it."""
     from pipeline import mlflow_store
     from pipeline.errors import PipelineError
+    from pipeline.workdir import repository_root
 
-    uri = mlflow_store.tracking_uri(mlflow_store.repository_root())
+    uri = mlflow_store.tracking_uri(repository_root())
     lines = mlflow_store.links(mlflow_store.server_address(uri, port))
     if not lines:
         shown = mlflow_store.shown_uri(uri)

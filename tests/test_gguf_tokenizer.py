@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from pipeline.export import export_model
 from pipeline.gguf_tokenizer import sentencepiece_tokenizer
-from pipeline.models import export_model, load_model, load_tokenizer
+from pipeline.models import load_model, load_tokenizer
 from pipeline.params import load_params
 from pipeline.sources import fetch
 

@@ -1,16 +1,19 @@
 """Exporting and loading models: what is refused, and that nothing pickled is ever read."""
 
 import ast
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
-    Gemma2Config,
     Gemma3TextConfig,
-    GptOssConfig,
+    Llama4TextConfig,
+    LlamaConfig,
     MistralConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
@@ -18,7 +21,8 @@ from transformers import (
 )
 
 from pipeline.errors import PipelineError
-from pipeline.models import end_token_ids, export_model, head_shape, load_model, load_tokenizer
+from pipeline.export import export_model
+from pipeline.models import end_token_ids, head_shape, load_model, load_tokenizer
 from tests.conftest import SIZES, MakeModel
 
 REPOSITORY = Path(__file__).parent.parent
@@ -128,16 +132,12 @@ UNSUPPORTED = {
         "has no layer that attends to the whole context",
     ),
     "chunks": (
+        Llama4TextConfig(**SIZES, num_local_experts=2, intermediate_size_mlp=32, attention_chunk_size=16),
+        "masks its layer 0 in a way that is neither causal nor a window over the last tokens",
+    ),
+    "a layer of a kind that the family does not have": (
         Qwen2Config(**SIZES, layer_types=["full_attention", "chunked_attention", "full_attention"]),
-        "has layers of kind chunked_attention",
-    ),
-    "capped logits": (
-        Gemma2Config(**SIZES, sliding_window=16),
-        r"caps its logits \(attn_logit_softcapping in config\.json\)",
-    ),
-    "sinks": (
-        GptOssConfig(**SIZES, sliding_window=16, num_local_experts=2, num_experts_per_tok=1),
-        "has learned attention sinks",
+        "cannot be run with a cache of keys and values alone",
     ),
 }
 
@@ -145,9 +145,74 @@ UNSUPPORTED = {
 @pytest.mark.parametrize("what", UNSUPPORTED)
 def test_what_eviction_cannot_reproduce_is_refused(what: str, tmp_path: Path) -> None:
     config, message = UNSUPPORTED[what]
-    with pytest.raises(PipelineError, match=rf"model {message}, which this pipeline cannot evict from") as caught:
+    with pytest.raises(PipelineError, match=rf"model {message}.*; choose another model") as caught:
         load_model(saved(config, tmp_path / "model"), "float32", "cpu")
     assert "\n" not in str(caught.value)
+
+
+def rewritten(directory: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Path:
+    """The model with changed weights."""
+    file = directory / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return directory
+
+
+DAMAGED: dict[str, tuple[Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]], str]] = {
+    "the prefix of a compiled model": (
+        lambda weights: {f"_orig_mod.{name}": weight for name, weight in weights.items()},
+        r"does not hold .* and \d+ more, and holds, without use for them, _orig_mod\.",
+    ),
+    "no output embedding": (
+        lambda weights: {name: weight for name, weight in weights.items() if name != "lm_head.weight"},
+        r"does not hold lm_head\.weight;",
+    ),
+    "no MLP in layer 2": (
+        lambda weights: {name: weight for name, weight in weights.items() if "layers.2.mlp" not in name},
+        r"does not hold model\.layers\.2\.mlp\.down_proj\.weight, ",
+    ),
+    "a layer too many": (
+        lambda weights: weights | {"model.layers.9.mlp.up_proj.weight": torch.zeros(3, 3)},
+        r"holds, without use for them, model\.layers\.9\.mlp\.up_proj\.weight;",
+    ),
+    "another width": (
+        lambda weights: weights | {"model.norm.weight": torch.ones(63)},
+        r"model\.norm\.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_weights_that_are_not_those_of_the_config_are_refused(what: str, tmp_path: Path) -> None:
+    change, message = DAMAGED[what]
+    directory = rewritten(saved(LlamaConfig(**SIZES), tmp_path / "m"), change)
+    with pytest.raises(PipelineError, match=message) as caught:
+        load_model(directory, "float32", "cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_tied_weights_are_not_missing(tmp_path: Path) -> None:
+    directory = saved(LlamaConfig(**SIZES, tie_word_embeddings=True), tmp_path / "m")
+    assert "lm_head.weight" not in load_file(directory / "model.safetensors")
+    one, other = (load_model(directory, "float32", "cpu")(torch.arange(9)[None]).logits for _ in range(2))
+    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("place", ["modeling_x.M", "someone/repository--modeling_x.M"])
+@pytest.mark.parametrize("kind", ["my_own", "llama"])
+def test_code_in_a_model_is_neither_run_nor_asked_about(
+    place: str, kind: str, model_directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((model_directory / "config.json").read_text())
+    config |= {"model_type": kind, "auto_map": {"AutoConfig": place, "AutoModelForCausalLM": place}}
+    (model_directory / "config.json").write_text(json.dumps(config))
+    (model_directory / "modeling_x.py").write_text("raise SystemExit('this code was run')")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    if kind == "llama":  # transformers' own class reads it
+        assert type(load_model(model_directory, "float32", "cpu")).__name__ == "LlamaForCausalLM"
+    else:
+        with pytest.raises(PipelineError, match="cannot be loaded as a model") as caught:
+            load_model(model_directory, "float32", "cpu")
+        assert "\n" not in str(caught.value)
 
 
 UNSAFE_MODULES = {"pickle", "joblib", "dill", "cloudpickle", "shelve", "marshal"}
@@ -190,4 +255,4 @@ def test_every_model_is_loaded_from_safetensors() -> None:
     for path, call in calls:
         keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         assert keywords.get("use_safetensors") == "True" or "gguf_file" in keywords, path
-        assert "trust_remote_code" not in keywords, path
+        assert keywords.get("trust_remote_code") == "False", path

@@ -1,10 +1,13 @@
 """A params file with a mistake gives one sentence that names the file and the key."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dvc.dependency.param import read_param_file
+from dvc.fs import LocalFileSystem
 from ruamel.yaml import YAML
 
 from pipeline.errors import PipelineError
@@ -34,6 +37,15 @@ def drop(dotted: str) -> Edit:
         for name in parents:
             content = content[name]
         del content[last]
+
+    return edit
+
+
+def rename(section: str, old: str, new: str) -> Edit:
+    """An edit that gives an entry of a section another name."""
+
+    def edit(content: dict[str, Any]) -> None:
+        content[section][new] = content[section].pop(old)
 
     return edit
 
@@ -186,6 +198,24 @@ MISTAKES = {
         "sensitivity.longer.ruler: length 512 is not above that of the corpus",
     ),
     "name that leaves the folder": (put("profile", "../x"), "profile: "),
+    "name that DVC cannot address": (
+        both(put("matrix.model", ["x-1.5b"]), rename("models", "smollm2-135m", "x-1.5b")),
+        r"matrix.model.0: a name holds letters, digits, - and _ only: DVC reads a .*; write x-1-5b \(got 'x-1.5b'\)",
+    ),
+    "model that DVC cannot address": (
+        rename("models", "smollm2-135m", "x-1.5b"),
+        r"models.x-1.5b: a name holds letters, digits, - and _ only.*; write x-1-5b",
+    ),
+    "corpus that DVC cannot address": (
+        rename("corpora", "ruler", "ruler/4k"),
+        r"corpora.ruler/4k: a name holds letters, digits, - and _ only.*; write ruler-4k",
+    ),
+    "name of nothing that DVC can address": (put("matrix.benchmark", ["../*"]), r"matrix.benchmark.0: .*a dot as one"),
+    "two stages of one name": (
+        put("matrix", {"model": ["a", "a-b"], "corpus": ["c"], "benchmark": ["b-c", "c"], "estimator": ["exact"]}),
+        "matrix: model a on b-c and model a-b on c would both be the stage a-b-c; rename one",
+    ),
+    "model twice": (put("matrix.model", ["smollm2-135m"] * 2), "matrix: model names an entry twice"),
 }
 
 
@@ -202,6 +232,32 @@ def test_a_mistake_is_one_sentence_with_file_and_key(mistake: str, tmp_path: Pat
 
 def test_the_unedited_file_is_valid(tmp_path: Path) -> None:
     assert load_params(edited(tmp_path / "params.yaml", lambda content: None)).profile == "ci"
+
+
+def two_models(path: Path, name: str) -> Path:
+    """A file whose models are the profile's, ``name`` and one whose name begins like that."""
+    entry = next(iter(YAML(typ="safe").load(PROFILE.read_text())["models"].values())) | {"dtype": "bfloat16"}
+    return edited(path, lambda content: content["models"].update({name: entry, f"{name}-": entry}))
+
+
+def found_by_dvc(path: Path, key: str) -> Any:
+    return read_param_file(LocalFileSystem(), str(path), [key], flatten=True)
+
+
+@pytest.mark.parametrize("name", ["x", "X-1_5b", "7", "1e5", "null", "true", "a--b", "0_-", "model"])
+def test_dvc_finds_what_has_an_accepted_name(name: str, tmp_path: Path) -> None:
+    path = two_models(tmp_path / "params.yaml", name)
+    assert load_params(path).models[name].dtype == "bfloat16"
+    assert found_by_dvc(path, f"models.{name}.dtype") == {f"models.{name}.dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize("name", ["a.b", "1.5b", "a*", "a b", "é", "-a", "a/b", "a@b"])
+def test_a_name_that_dvc_cannot_use_is_refused(name: str, tmp_path: Path) -> None:
+    path = two_models(tmp_path / "params.yaml", name)
+    with pytest.raises(PipelineError, match=rf"models\.{re.escape(name)}: a name holds letters, digits, - and _ only"):
+        load_params(path)
+    if "." in name:
+        assert found_by_dvc(path, f"models.{name}.dtype") == {}
 
 
 @pytest.mark.parametrize("written", ["5e-5", "1e-3", "5.0e-5", "0.001", ".001"])

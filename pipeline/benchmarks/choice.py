@@ -24,11 +24,20 @@ def choice_outcome(nll: Sequence[float], answers: Sequence[str], metric: str, go
     Raises
     ------
     PipelineError
-        The metric is neither, or nothing is right.
+        The metric is neither, none of the choices is right, or a likelihood is not finite.
     """
     if metric not in ("accuracy", "accuracy_norm") or gold is None:
         raise PipelineError(f"'{metric}' with the right choice {gold} is no multiple choice; build the samples again.")
     scores = -np.asarray(nll, dtype=np.float64)
+    if scores.shape != (len(answers),) or not 0 <= gold < len(answers):
+        raise PipelineError(
+            f"{len(answers)} choices have {scores.size} likelihoods, choice {gold} is right; build the samples again."
+        )
+    if not np.isfinite(scores).all():
+        raise PipelineError(
+            f"The likelihoods {list(nll)} of the choices are not finite; the model overflows in its dtype, load it in "
+            "bfloat16 or float32."
+        )
     if metric == "accuracy_norm":
         # An empty choice is infinitely unlikely, as in the harness.
         with np.errstate(divide="ignore"):

@@ -1,14 +1,18 @@
 """From an entry of params.yaml to samples: one call for every kind of corpus. It knows none from inside."""
 
-import json
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from pipeline.corpora import choice, dialogues, longbench, oasst, ruler
+from pipeline.corpora.chat import language_value, read_config, template_settings
 from pipeline.corpora.samples import SPLITS, Sample, Split
 from pipeline.errors import PipelineError
 from pipeline.params import AnyCorpusParams, LongerParams, RulerParams
 from pipeline.sources import CACHE, fetch, record
+
+# How configurations call the number of tokens that a model was made for.
+_WINDOWS = ("max_position_embeddings", "n_positions")
 
 
 def build_samples(
@@ -20,6 +24,9 @@ def build_samples(
     cache: Path = CACHE,
 ) -> tuple[dict[Split, list[Sample]], dict[str, dict[str, str]]]:
     """The samples of a corpus by split, and the record of the sources they come from.
+
+    The record also holds what the chat template was told, where that matters
+    (:func:`pipeline.corpora.chat.template_settings`).
 
     Parameters
     ----------
@@ -35,26 +42,40 @@ def build_samples(
     Raises
     ------
     PipelineError
-        The corpus is longer than the model's window, or its source cannot be had or does not suffice.
+        The corpus is longer than the model's window, its source cannot be had or does not suffice, or the model's
+        tokenizer or chat template is none that prompts can be made with.
     """
+    from pipeline.models import load_tokenizer
+
     if params.kind != "choice":
         task_lengths = params.task_lengths if params.kind == "ruler" else {}
         _check_window(model, f"corpora.{name}", max([params.length, *task_lengths.values()]))
     source = fetch(params.source, cache)
     sources = {"source": record(params.source, source)}
+    if params.kind != "choice":
+        tokenizer = load_tokenizer(model)
+        if not tokenizer.chat_template and (model / "chat_template.json").is_file():
+            raise PipelineError(
+                f"{model}/chat_template.json holds a template that its tokenizer does not have; save it as "
+                "chat_template.jinja, or remove it to read the model as a base model."
+            )
+        if settings := template_settings(tokenizer):
+            sources["chat_template"] = settings
     match params.kind:
         case "dialogues":
-            return dialogues.build(params, name, source, model, progress), sources
+            samples = dialogues.build(params, name, source, model, progress)
         case "oasst":
-            return oasst.build(params, name, source, model, progress), sources
+            samples = oasst.build(params, name, source, model, progress)
         case "choice":
-            return choice.build(params, name, source, model, progress), sources
+            samples = choice.build(params, name, source, model, progress)
         case "longbench":
-            return longbench.build(params, name, source, model, progress), sources
+            samples = longbench.build(params, name, source, model, progress)
         case "ruler":
             splitter = fetch(params.sentence_splitter, cache)
             sources["sentence_splitter"] = record(params.sentence_splitter, splitter)
-            return ruler.build(params, name, source, splitter, model, work, progress), sources
+            samples = ruler.build(params, name, source, splitter, model, work, progress)
+    _check_vocabulary(model, itertools.chain(*samples.values()))
+    return samples, sources
 
 
 def build_longer_samples(
@@ -75,18 +96,34 @@ def build_longer_samples(
 def _check_window(model: Path, key: str, length: int) -> None:
     """Raise where a model was not made for ``length`` tokens: it would answer, and its numbers mean nothing."""
     path = model / "config.json"
-    if not path.is_file():  # loading the tokenizer will say so
-        return
-    config = json.loads(path.read_text())
-    window = config.get("max_position_embeddings", length)
+    config = read_config(path)
+    windows = [language_value(config, name) for name in _WINDOWS]
+    window = next((value for value in windows if value is not None), length)
     # Some configs give the window before positions are stretched (Qwen2.5 with YaRN), others the one after.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    window = max(window, rope.get("factor", 1) * rope.get("original_max_position_embeddings", 0))
+    rope = language_value(config, "rope_parameters") or language_value(config, "rope_scaling") or {}
+    try:
+        window = max(window, (rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0))
+    except (AttributeError, TypeError):
+        raise PipelineError(
+            f"{path}: {' or '.join(_WINDOWS)}, or its rope_parameters, are no numbers; correct them."
+        ) from None
     if length > window:
         raise PipelineError(
             f"{key}: length {length} is above the {window:.0f} tokens that {model} reads "
             "(max_position_embeddings in its config.json); shorten it or take a model that reads more."
         )
+
+
+def _check_vocabulary(model: Path, samples: Iterable[Sample]) -> None:
+    """Raise where the tokenizer knows tokens that the model does not: reading them would end a later stage."""
+    size = language_value(read_config(model / "config.json"), "vocab_size")
+    for sample in samples:
+        largest = max(max(ids, default=0) for ids in (sample.input_ids, *sample.choices))
+        if isinstance(size, int) and largest >= size:
+            raise PipelineError(
+                f"{model}: its tokenizer gives token {largest} in sample {sample.sample_id}, but vocab_size in its "
+                f"config.json is {size}; take the tokenizer that belongs to the model."
+            )
 
 
 def count_pieces(params: AnyCorpusParams) -> int:

@@ -11,15 +11,33 @@ import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
-from pipeline.corpora.chat import encode, first_token_after
-from pipeline.corpora.rows import SUFFIXES, Row, read_rows
+from pydantic import BeforeValidator, Field, model_validator
+
+from pipeline.corpora.chat import encode_choices, first_token_after
+from pipeline.corpora.rows import (
+    SUFFIXES,
+    FilledText,
+    Identifier,
+    Row,
+    RowModel,
+    Text,
+    WholeNumber,
+    flag,
+    is_null,
+    read_placed_rows,
+    validated,
+)
 from pipeline.corpora.samples import Sample, Split
 from pipeline.errors import PipelineError
 from pipeline.params import ChoiceParams
+
+_LETTERS = tuple("ABCDEFGHIJ")
+_WORDS = {"yes": True, "no": False}
 
 
 @dataclass(frozen=True)
@@ -55,22 +73,121 @@ class Task:
         The data set on the hub.
     files
         Its evaluated split, as the start of file names; the first pattern that matches is taken.
+    columns
+        What a row must hold: the columns of ``repository``, or a plain form with ``choices`` as a list and
+        ``answer`` as an index counted from 0 or as the choice's letter.
     render
-        A row in the harness's words; accepts the columns of ``repository`` and a plain form with ``choices``
-        as a list and ``answer`` as an index.
+        A row that holds it in the harness's words.
     """
 
     repository: str
     files: tuple[str, ...]
+    columns: Callable[[Row], type[RowModel]]
     render: Callable[[Row], Question]
     metric: str = "accuracy"
 
 
+def _zero_or_one(value: Any) -> Any:
+    """0 or 1 for every spelling of a truth value; other values as they are."""
+    truth = _WORDS.get(value.lower(), flag(value)) if isinstance(value, str) else flag(value)
+    return int(truth) if isinstance(truth, bool) else value
+
+
+class _BoolqRow(RowModel):
+    """``label`` or ``answer``, a truth value or 0 and 1."""
+
+    question: FilledText
+    passage: FilledText
+    answer: Annotated[WholeNumber, BeforeValidator(_zero_or_one)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _either_name(cls, row: Row) -> Row:
+        named = [row[name] for name in ("label", "answer") if not is_null(row.get(name))]
+        if len(named) == 2 and _zero_or_one(named[0]) != _zero_or_one(named[1]):
+            raise ValueError("its label and its answer differ")
+        return row | {"answer": named[0]} if named else row
+
+
+class _ArcChoices(RowModel):
+    text: list[Text]
+    label: list[Identifier]
+
+    @model_validator(mode="after")
+    def _one_label_each(self) -> "_ArcChoices":
+        if len(self.text) != len(self.label) or len(set(self.label)) != len(self.label):
+            raise ValueError("every choice should have one text and one label of its own")
+        return self
+
+
+class _ArcRow(RowModel):
+    question: FilledText
+    choices: _ArcChoices
+    answerKey: Identifier
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_structures(cls, row: Row) -> Row:
+        # Databases turn a structure of two lists into a list of structures.
+        choices = row.get("choices")
+        if isinstance(choices, list) and all(isinstance(choice, dict) for choice in choices):
+            return row | {"choices": {name: [choice.get(name) for choice in choices] for name in ("text", "label")}}
+        return row
+
+    @model_validator(mode="after")
+    def _labelled(self) -> "_ArcRow":
+        if self.answerKey not in self.choices.label:
+            raise ValueError(f"answerKey {self.answerKey} is none of the labels {', '.join(self.choices.label)}")
+        return self
+
+
+def _place(value: Any) -> Any:
+    """Index of a choice from its letter; other values as they are."""
+    return ord(value) - ord("A") if isinstance(value, str) and value in _LETTERS else value
+
+
+def _unambiguous(value: Any) -> Any:
+    # ARC's own labels are numbers from 1 in some rows: "2" may be the second choice or the third.
+    if isinstance(value, str) and value not in _LETTERS:
+        raise ValueError("it should be a number counted from 0, or a letter; numbers as text may be labels from 1")
+    return value
+
+
+class _PlainRow(RowModel):
+    question: FilledText
+    choices: list[Text]
+    answer: Annotated[WholeNumber, BeforeValidator(_place)]
+
+
+class _PlainArcRow(_PlainRow):
+    answer: Annotated[WholeNumber, BeforeValidator(_place), BeforeValidator(_unambiguous)]
+
+
+class _MmluRow(RowModel):
+    subject: FilledText
+    question: FilledText
+    choices: Annotated[list[Text], Field(min_length=4, max_length=4)]
+    answer: Annotated[WholeNumber, BeforeValidator(_place)]
+
+
+class _HellaswagRow(RowModel):
+    activity_label: Text
+    ctx_a: Text
+    ctx_b: Text
+    endings: list[Text]
+    label: WholeNumber
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_is_empty(cls, row: Row) -> Row:
+        # Half of the rows have an empty ctx_b, which spreadsheets and pandas read as no value.
+        return row | {"ctx_b": ""} if "ctx_b" in row and is_null(row["ctx_b"]) else row
+
+
 def _boolq(row: Row) -> Question:
     passage = row["passage"]
-    label = row["label"] if "label" in row else row["answer"]
     return Question(
-        f"{passage}\nQuestion: {row['question']}?\nAnswer:", ("no", "yes"), int(label), late_from=len(passage)
+        f"{passage}\nQuestion: {row['question']}?\nAnswer:", ("no", "yes"), row["answer"], late_from=len(passage)
     )
 
 
@@ -84,19 +201,19 @@ def _arc_challenge(row: Row) -> Question:
 
 
 def _mmlu(row: Row) -> Question:
-    subject, letters = row["subject"], ("A", "B", "C", "D")
-    listed = "".join(f"{letter}. {text}\n" for letter, text in zip(letters, row["choices"], strict=True))
+    subject = row["subject"]
+    listed = "".join(f"{letter}. {text}\n" for letter, text in zip(_LETTERS[:4], row["choices"], strict=True))
     context = (
         f"The following are multiple choice questions (with answers) about {subject.replace('_', ' ')}.\n\n"
         f"{row['question'].strip()}\n{listed}Answer:"
     )
-    return Question(context, letters, row["answer"], subject)
+    return Question(context, _LETTERS[:4], row["answer"], subject)
 
 
 def _hellaswag(row: Row) -> Question:
     if "ctx_a" in row:
         query = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-        choices, gold = row["endings"], int(row["label"])
+        choices, gold = row["endings"], row["label"]
     else:
         # The plain form has lost the activity's label.
         query, choices, gold = row["question"], row["choices"], row["answer"]
@@ -110,11 +227,26 @@ def _without_brackets(text: str) -> str:
 
 
 TASKS = {
-    "boolq": Task("aps/super_glue", ("boolq/validation", "data/validation", "validation"), _boolq),
-    "arc_challenge": Task("allenai/ai2_arc", ("ARC-Challenge/test", "test"), _arc_challenge),
-    "mmlu": Task("cais/mmlu", ("all/test", "*/test", "test"), _mmlu),
-    "hellaswag": Task("Rowan/hellaswag", ("data/validation", "validation"), _hellaswag, "accuracy_norm"),
+    "boolq": Task("aps/super_glue", ("boolq/validation", "data/validation", "validation"), lambda _: _BoolqRow, _boolq),
+    "arc_challenge": Task(
+        "allenai/ai2_arc",
+        ("ARC-Challenge/test", "test"),
+        lambda row: _ArcRow if _is_structured(row.get("choices")) else _PlainArcRow,
+        _arc_challenge,
+    ),
+    "mmlu": Task("cais/mmlu", ("all/test", "*/test", "test"), lambda _: _MmluRow, _mmlu),
+    "hellaswag": Task(
+        "Rowan/hellaswag",
+        ("data/validation", "validation"),
+        lambda row: _PlainRow if is_null(row.get("ctx_a")) else _HellaswagRow,
+        _hellaswag,
+        "accuracy_norm",
+    ),
 }
+
+
+def _is_structured(choices: Any) -> bool:
+    return isinstance(choices, dict) or (isinstance(choices, list) and any(isinstance(c, dict) for c in choices))
 
 
 def evaluated_files(task: str, source: Path) -> list[Path]:
@@ -152,25 +284,25 @@ def read_questions(task: str, source: Path) -> list[Question]:
     PipelineError
         There is no such file, it cannot be read, or a row lacks a column or a right answer.
     """
+    return [question for _, question in _questions(task, source)]
+
+
+def read_choice_rows(task: str, source: Path) -> list[Row]:
+    """The rows behind :func:`read_questions`, every value as what it stands for; arguments and errors as there."""
+    return [row for row, _ in _questions(task, source)]
+
+
+def _questions(task: str, source: Path) -> Iterator[tuple[Row, Question]]:
     definition = TASKS[task]
-    questions = []
+    schema = f"{definition.repository}, or question, choices and answer"
     for file in evaluated_files(task, source):
-        for number, row in enumerate(read_rows(file)):
-            try:
-                question = definition.render(row)
-            except KeyError as error:
-                raise PipelineError(
-                    f"{file}: row {number} lacks the column {error}; the source must have the columns of "
-                    f"{definition.repository}, or question, choices and answer."
-                ) from None
-            except (AttributeError, TypeError, ValueError) as error:
-                raise PipelineError(
-                    f"{file}: row {number} is no row of {task} ({error}); correct or drop it."
-                ) from None
-            if not isinstance(question.gold, int) or not 0 <= question.gold < len(question.choices):
-                raise PipelineError(f"{file}: row {number} has no right answer; use the split that {task} evaluates.")
-            questions.append(question)
-    return questions
+        for number, (place, raw) in enumerate(read_placed_rows(file)):
+            where = f"{place}: row {number}"
+            row = validated(definition.columns(raw), raw, where, task, schema).model_dump()
+            question = definition.render(row)
+            if not question.context.strip() or not 0 <= question.gold < len(question.choices):
+                raise PipelineError(f"{where} has no right answer; use the split that {task} evaluates.")
+            yield row, question
 
 
 def build(
@@ -212,13 +344,8 @@ def build(
             raise PipelineError(
                 f"corpora.{name}: {params.task} has no text before its question; set late_question to false."
             )
-        prompt = encode(tokenizer, question.context.rstrip(), templated=False)
-        choices = tuple(
-            tuple(encode(tokenizer, f"{question.context} {choice}", templated=False)[len(prompt) :])
-            for choice in question.choices
-        )
-        if not all(choices):
-            raise PipelineError(f"corpora.{name}: row {index} has a choice without tokens of its own; drop the row.")
+        where = f"corpora.{name}: row {index}"
+        prompt, choices = encode_choices(tokenizer, question.context, question.choices, where)
         late = question.late_from if params.late_question else None
         samples.append(
             Sample(

@@ -10,20 +10,38 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.corpora.chat import encode_reply, end_of_turn
+from pipeline.corpora.rows import FilledText, RowModel, Text, WholeNumber, decoded, is_null, parsed, validated
 from pipeline.corpora.samples import SPLITS, Sample, Split
 from pipeline.errors import PipelineError
 from pipeline.params import DialoguesParams
 
 _IN_WHEEL = "lm_eval/tasks/chatrag_bench/dataset"
 _ROWS = "nvidia_dragon_multiturn_retrieved.jsonl"
-_COLUMNS = {"messages": list, "answers": list, "document": str, "ctxs": list, "ground_truth_ctx": int}
+_COLUMNS = {"messages": "list", "answers": "list", "document": "str", "ctxs": "list", "ground_truth_ctx": "int"}
 # A dialogue whose turns leave less room than this for its passages is not a dialogue over passages.
 _MIN_PASSAGE_TOKENS = 64
 
 Message = dict[str, str]
+
+
+class _Passages(RowModel):
+    passages: list[Text]
+
+
+class _Turn(RowModel):
+    role: Literal["user", "assistant"]
+    content: Text
+
+
+class _DialogueRow(RowModel):
+    messages: list[_Turn]
+    answers: list[FilledText]
+    document: str
+    ctxs: list[WholeNumber]
+    ground_truth_ctx: WholeNumber
 
 
 @dataclass(frozen=True)
@@ -69,16 +87,23 @@ def read_documents(root: Path) -> tuple[dict[str, list[str]], list[dict[str, Any
     """
     directory = root / _IN_WHEEL if (root / _IN_WHEEL).is_dir() else root
     documents = _read_json(directory / "documents.json", dict)
-    rows = _read_json(directory / _ROWS, list)
-    for number, row in enumerate(rows):
+    for domain, passages in documents.items():
+        where = f"{directory / 'documents.json'}: {domain}"
+        validated(_Passages, {"passages": passages}, where, "Doc2Dial", "NVIDIA's ChatRAG")
+    rows = []
+    for number, row in enumerate(_read_json(directory / _ROWS, list)):
+        where = f"{directory / _ROWS}: row {number}"
+        if not isinstance(row, dict):
+            raise PipelineError(f"{where} is no JSON object; fetch it again.")
         for column, kind in _COLUMNS.items():
-            if not isinstance(row.get(column), kind):
-                raise PipelineError(f"{directory / _ROWS}: row {number} lacks the column {column} ({kind.__name__}).")
-        count = len(documents.get(row["document"], []))
-        if not row["answers"] or not all(0 <= index < count for index in (row["ground_truth_ctx"], *row["ctxs"])):
-            raise PipelineError(
-                f"{directory / _ROWS}: row {number} has no answer or names a passage that documents.json lacks; fix it."
-            )
+            if is_null(row.get(column)):
+                raise PipelineError(f"{where} lacks the column {column} ({kind}).")
+        checked = validated(_DialogueRow, row, where, "Doc2Dial", "NVIDIA's ChatRAG").model_dump()
+        count = len(documents.get(checked["document"], []))
+        indices = (checked["ground_truth_ctx"], *checked["ctxs"])
+        if not checked["answers"] or not all(0 <= index < count for index in indices):
+            raise PipelineError(f"{where} has no answer or names a passage that documents.json lacks; fix it.")
+        rows.append(checked)
     return documents, rows
 
 
@@ -246,10 +271,10 @@ def _compose(
 
 def _read_json(path: Path, kind: type) -> Any:
     try:
-        value = json.loads(path.read_text())
+        value = parsed(decoded(path.read_bytes()))
     except FileNotFoundError:
         raise PipelineError(f"{path} does not exist; the source must be nvidia-lm-eval or hold that file.") from None
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PipelineError(f"{path} is not valid JSON ({error}); fetch it again.") from None
     if not isinstance(value, kind) or not value:
         raise PipelineError(f"{path} holds no {kind.__name__} of Doc2Dial, or an empty one; fetch it again.")

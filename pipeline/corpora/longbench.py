@@ -13,10 +13,12 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pipeline.corpora.chat import chat_prompt, encode_pair, end_of_turn, first_token_after
-from pipeline.corpora.rows import Row, read_rows
+from pydantic import Field, model_validator
+
+from pipeline.corpora.chat import chat_prompt, encode, encode_pair, end_of_turn, first_token_after, reply_gap
+from pipeline.corpora.rows import FilledText, Row, RowModel, Text, is_null, read_placed_rows, validated
 from pipeline.corpora.samples import Sample, Split
 from pipeline.errors import PipelineError
 from pipeline.params import LongBenchParams
@@ -194,10 +196,10 @@ def read_documents(task: str, source: Path) -> list[Document]:
         There is no such file, it cannot be read, or a row lacks a column or an answer.
     """
     file, mixed = _locate(task, source)
-    rows = read_rows(file)
+    rows = read_placed_rows(file)
     if mixed:
-        rows = [row for row in rows if row.get("task", row.get("dataset")) == task]
-    return [_document(task, row, f"{file}: row {number} of {task}") for number, row in enumerate(rows)]
+        rows = [(place, row) for place, row in rows if _task_of(row, place) == task]
+    return [_document(task, row, f"{place}: row {number} of {task}") for number, (place, row) in enumerate(rows)]
 
 
 def build(
@@ -260,32 +262,60 @@ def _locate(task: str, source: Path) -> tuple[Path | zipfile.Path, bool]:
     )
 
 
+class _Columns(RowModel):
+    answers: Annotated[list[Text], Field(min_length=1)]
+    all_classes: list[FilledText] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _unnested(cls, row: Row) -> Row:
+        # Some editions put the classes beside the answers.
+        return row | row["answers"] if isinstance(row.get("answers"), dict) else row
+
+
+class _PublishedRow(_Columns):
+    context: FilledText
+    input: Text
+
+
+class _ReadyRow(_Columns):
+    prompt: FilledText
+
+
+_SENTENCES = dict.fromkeys(("context", "input", "prompt"), ": context, input and prompt must be text") | {
+    "answers": " has no answers as a list of strings"
+}
+
+
+def _task_of(row: Row, place: str) -> Any:
+    named = next((row[name] for name in ("task", "dataset") if not is_null(row.get(name))), None)
+    if named is None:
+        raise PipelineError(f"{place}: this row names no task, in neither task nor dataset; name it, or drop the row.")
+    return named
+
+
 def _document(task: str, row: Row, where: str) -> Document:
-    ready_made = "prompt" in row
-    try:
-        texts = [row[column] for column in (("prompt",) if ready_made else ("context", "input"))]
-        answers, classes = row["answers"], row.get("all_classes")
-        if isinstance(answers, dict):
-            answers, classes = answers["answers"], answers["all_classes"]
-    except KeyError as error:
-        raise PipelineError(
-            f"{where} lacks the column {error}; LongBench's rows have context, input, answers and all_classes."
-        ) from None
-    if not all(isinstance(text, str) for text in texts):
-        raise PipelineError(f"{where}: context, input and prompt must be text; correct or drop the row.")
-    if not answers or not all(isinstance(answer, str) for answer in answers):
-        raise PipelineError(f"{where} has no answers; give a list of strings.")
-    if TASKS[task].metric == "classification" and not classes:
-        raise PipelineError(f"{where} has no all_classes; a classification needs them.")
+    template = TASKS[task].template
+    # Where tables of both kinds were joined, one kind's columns are null in the other's rows.
+    ready_made = "prompt" in row and (not is_null(row["prompt"]) or "context" not in row)
+    if not ready_made and "{input}" not in template and is_null(row.get("input")):
+        row = row | {"input": ""}
+    expected = (where, "LongBench", "LongBench: context, input, answers and all_classes", _SENTENCES)
+    checked: _ReadyRow | _PublishedRow
     if ready_made:
-        prompt = texts[0]
+        checked = validated(_ReadyRow, row, *expected)
+        prompt = checked.prompt
         late_from = _question_in(prompt, task)
     else:
-        before, after = TASKS[task].template.split("{context}")
-        question = after.format(input=texts[1])
-        prompt = f"{before}{texts[0]}{question}"
+        checked = validated(_PublishedRow, row, *expected)
+        before, after = template.split("{context}")
+        question = after.format(input=checked.input)
+        prompt = f"{before}{checked.context}{question}"
         late_from = len(prompt) - len(question)
-    return Document(prompt, late_from, tuple(answers), tuple(classes) if classes else None)
+    classes = tuple(checked.all_classes) if checked.all_classes else None
+    if TASKS[task].metric == "classification" and not classes:
+        raise PipelineError(f"{where} has no all_classes; a classification needs them.")
+    return Document(prompt, late_from, tuple(checked.answers), classes)
 
 
 def _question_in(prompt: str, task: str) -> int | None:
@@ -299,12 +329,15 @@ def _sample(
     params: LongBenchParams, name: str, task: str, index: int, document: Document, tokenizer: Any, end: int | None
 ) -> Sample:
     definition = TASKS[task]
+    where = f"corpora.{name}: row {index} of {task}"
     chat = definition.chat and bool(tokenizer.chat_template)
     shortened = _without_middle(tokenizer, document.prompt, params.length)
-    text = chat_prompt(tokenizer, [{"role": "user", "content": shortened}]) if chat else shortened
-    answer = document.answers[0]
-    if not chat and not shortened[-1:].isspace():
-        answer = f" {answer}"
+    try:
+        text = chat_prompt(tokenizer, [{"role": "user", "content": shortened}]) if chat else shortened
+    except PipelineError as error:
+        raise PipelineError(f"{where}: {error}") from None
+    space = "" if shortened[-1:].isspace() else " "
+    answer = f"{reply_gap(tokenizer) if chat else space}{document.answers[0]}"
     ids, prompt_len = encode_pair(tokenizer, text, answer, end if chat else None, templated=chat)
     return Sample(
         sample_id=f"{task}-{index:04d}",
@@ -313,9 +346,7 @@ def _sample(
         split="test",
         input_ids=ids,
         prompt_len=prompt_len,
-        question_start=first_token_after(
-            tokenizer, text, _late_from(document, shortened, text, f"corpora.{name}: row {index} of {task}"), chat
-        )
+        question_start=first_token_after(tokenizer, text, _late_from(document, shortened, text, where), chat)
         if params.late_question
         else None,
         answers=document.answers,
@@ -327,7 +358,7 @@ def _sample(
 
 def _without_middle(tokenizer: Any, prompt: str, length: int) -> str:
     """The prompt, or the text of its first and last ``length // 2`` tokens where it has more than ``length``."""
-    ids = tokenizer(prompt).input_ids
+    ids = encode(tokenizer, prompt, templated=False)
     if len(ids) <= length:
         return prompt
     half = length // 2
@@ -350,7 +381,4 @@ def _late_from(document: Document, shortened: str, text: str, where: str) -> int
         raise PipelineError(f"{where}: half of length does not hold its question; raise length.")
     # A chat template may strip what it wraps.
     core = shortened.strip()
-    place = text.rfind(core)
-    if place < 0:
-        raise PipelineError(f"{where}: the chat template changes the text of the prompt; use another template.")
-    return place + len(core) - len(question.rstrip())
+    return text.rindex(core) + len(core) - len(question.rstrip())

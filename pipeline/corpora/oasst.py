@@ -13,10 +13,22 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
 
 from pipeline.corpora.chat import chat_prompt, encode, encode_reply, end_of_turn
-from pipeline.corpora.rows import read_rows, require_columns
+from pipeline.corpora.rows import (
+    Flag,
+    Identifier,
+    RowModel,
+    Text,
+    WholeNumber,
+    is_null,
+    read_placed_rows,
+    require_columns,
+    validated,
+)
 from pipeline.corpora.samples import SPLITS, Sample, Split
 from pipeline.errors import PipelineError
 from pipeline.params import OasstParams
@@ -28,6 +40,32 @@ _SHORTEST = 0.9
 # Threads that are tried in search of ones that fit; more would use the same short ones everywhere.
 _CANDIDATES = 200
 _ATTEMPTS = 20
+
+
+def _blank_is_null(value: Any) -> Any:
+    # Spreadsheets have no other null.
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+class _Message(RowModel):
+    message_id: Identifier
+    parent_id: Annotated[Identifier | None, BeforeValidator(_blank_is_null)] = None
+    message_tree_id: Identifier
+    role: Literal["prompter", "assistant"]
+    text: Text
+    lang: Text
+    deleted: Flag = False
+    rank: WholeNumber | None = None
+
+
+class _Tree(RowModel):
+    message_tree_id: Identifier
+    prompt: dict[str, Any]
+
+
+class _Replies(RowModel):
+    replies: tuple[dict[str, Any], ...] = Field(default=(), strict=False)
+
 
 Message = dict[str, str]
 _NEXT = {"role": "user", "content": "And then?"}
@@ -54,7 +92,8 @@ def read_messages(source: Path) -> list[dict[str, Any]]:
     Raises
     ------
     PipelineError
-        There is no such file, it cannot be read, or its rows lack a column of the published schema.
+        There is no such file, it cannot be read, its rows are not of the published schema, a message is there
+        twice, none begins a tree, or messages answer each other in a circle.
     """
     files = [source]
     if source.is_dir():
@@ -63,15 +102,29 @@ def read_messages(source: Path) -> list[dict[str, Any]]:
             raise PipelineError(
                 f"{source} holds neither data/*.parquet nor *_ready.messages.jsonl.gz; name the file of messages."
             )
-    messages = [message for file in files for row in read_rows(file) for message in _unfold(row)]
-    if not messages:
+    rows = [(f"{place}: row {n}", row) for file in files for n, (place, row) in enumerate(read_placed_rows(file))]
+    raw = [(where, message) for where, row in rows for message in _unfold(row, where)]
+    if not raw:
         raise PipelineError(f"{source} holds no messages; fetch it again.")
-    require_columns(messages, _COLUMNS, source, "OASST2's schema")
-    return messages
+    # Tools leave out what is null, so that single rows may lack any of them.
+    require_columns(
+        [dict.fromkeys(column for _, message in raw for column in message)], _COLUMNS, source, "OASST2's schema"
+    )
+    messages: dict[str, dict[str, Any]] = {}
+    for where, row in raw:
+        message = validated(_Message, row, where, "OASST", "OASST2's schema").model_dump()
+        name = message["message_id"]
+        if name in messages:
+            raise PipelineError(f"{where} repeats the message_id {name}; every message must be there once.")
+        messages[name] = message
+    _check_parents(messages, source)
+    return list(messages.values())
 
 
 def english_threads(messages: Sequence[dict[str, Any]]) -> list[Thread]:
     """All paths from a first prompt to a last reply in English, deleted messages and their replies left out.
+
+    So are messages whose parent is not among them: what they answer is not known.
 
     Where replies to a prompt were ranked, only the best goes on; every prompt that follows it does.
     """
@@ -81,7 +134,11 @@ def english_threads(messages: Sequence[dict[str, Any]]) -> list[Thread]:
         if usable and message["role"] in ROLES:
             children[message["parent_id"]].append(message)
 
-    def walk(message: dict[str, Any], path: tuple[Message, ...]) -> Iterator[Thread]:
+    roots = sorted(children[None], key=lambda message: str(message["message_id"]), reverse=True)
+    waiting: list[tuple[dict[str, Any], tuple[Message, ...]]] = [(r, ()) for r in roots if r["role"] == "prompter"]
+    threads = []
+    while waiting:
+        message, path = waiting.pop()
         path = (*path, {"role": ROLES[message["role"]], "content": message["text"].strip()})
         replies = [reply for reply in children[message["message_id"]] if reply["role"] != message["role"]]
         if message["role"] == "prompter" and replies:
@@ -89,12 +146,10 @@ def english_threads(messages: Sequence[dict[str, Any]]) -> list[Thread]:
         # A prompt that nobody answered ends its path at the reply before it.
         replies = [reply for reply in replies if reply["role"] == "assistant" or children[reply["message_id"]]]
         if not replies and message["role"] == "assistant":
-            yield Thread(message["message_tree_id"], message["message_id"], path)
-        for reply in sorted(replies, key=lambda reply: str(reply["message_id"])):
-            yield from walk(reply, path)
-
-    roots = sorted(children[None], key=lambda message: str(message["message_id"]))
-    return [thread for root in roots if root["role"] == "prompter" for thread in walk(root, ())]
+            threads.append(Thread(message["message_tree_id"], message["message_id"], path))
+        following = sorted(replies, key=lambda reply: str(reply["message_id"]), reverse=True)
+        waiting += [(reply, path) for reply in following]
+    return threads
 
 
 def assign_trees(threads: Sequence[Thread], fitting: Set[str], params: OasstParams) -> dict[str, Split]:
@@ -232,19 +287,38 @@ class _Composer:
         return self.sizes[thread.leaf]
 
 
-def _unfold(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _unfold(row: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:
     """The messages of a tree; a message is its own."""
-    if "prompt" not in row:
+    if is_null(row.get("prompt")):
         yield row
         return
+    tree = validated(_Tree, row, where, "OASST", "OASST2's trees")
     # Nested messages name neither their tree nor, at the top, their parent.
-    waiting = [row["prompt"] | {"parent_id": None}]
+    waiting = [tree.prompt | {"parent_id": None}]
     while waiting:
         message = waiting.pop()
         yield {name: value for name, value in message.items() if name != "replies"} | {
-            "message_tree_id": row.get("message_tree_id")
+            "message_tree_id": tree.message_tree_id
         }
-        waiting += [reply | {"parent_id": message.get("message_id")} for reply in message.get("replies") or []]
+        replies = validated(_Replies, message, where, "OASST", "OASST2's trees").replies
+        waiting += [reply | {"parent_id": message.get("message_id")} for reply in replies]
+
+
+def _check_parents(messages: dict[str, dict[str, Any]], source: Path) -> None:
+    if all(message["parent_id"] is not None for message in messages.values()):
+        raise PipelineError(f"{source}: no message begins a tree; the first of each must have null as its parent_id.")
+    sound: set[str] = set()
+    for start in messages:
+        path: dict[str, None] = {}
+        name: str | None = start
+        while name in messages and name not in sound:
+            if name in path:
+                raise PipelineError(
+                    f"{source}: message {name} answers itself, by way of its parents; correct parent_id."
+                )
+            path[name] = None
+            name = messages[name]["parent_id"]
+        sound.update(path)
 
 
 def _rank(message: dict[str, Any]) -> tuple[float, str]:

@@ -25,16 +25,18 @@ from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from pipeline.corpora import ruler_host
-from pipeline.corpora.chat import chat_prompt, encode_pair, end_of_turn
+from pipeline.corpora.chat import chat_prompt, encode_pair, end_of_turn, reply_gap
+from pipeline.corpora.rows import FilledText, Row, RowModel, read_rows, validated
 from pipeline.corpora.samples import SPLITS, Sample, Split
 from pipeline.errors import PipelineError
 from pipeline.params import LongerParams, RulerParams, RulerSizes
 from pipeline.workdir import write_text
 
-Row = dict[str, Any]
 Host = subprocess.Popen[str]
 
 WORKERS = 2
@@ -250,7 +252,7 @@ def generate(
         lines = [line for line in output.splitlines() if line.strip()]
         reason = lines[-1] if lines else "no output"
         raise PipelineError(f"RULER's generator failed on {task.name}: {reason} (see {scratch}).")
-    return [json.loads(row) for row in (run / task.name / "rows.jsonl").read_text().splitlines() if row.strip()]
+    return _checked(run / task.name / "rows.jsonl", read_rows(run / task.name / "rows.jsonl"))
 
 
 def _run_job(job: Path, jobs: Host, log: Path, stop: threading.Event | None) -> int:
@@ -495,11 +497,30 @@ def _task_rows(
     """The rows of one task and split: read back if finished, else generated until none holds a taken unit."""
     finished = plan.work / "rows" / plan.split / f"{task.name}.json"
     if finished.is_file():
-        rows: list[Row] = json.loads(finished.read_text())
+        try:
+            rows = _checked(finished, json.loads(finished.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise PipelineError(f"{finished} cannot be read ({error}); delete it and run again.") from None
     else:
         rows = _fresh_rows(plan, task, jobs, stop)
         write_text(finished, json.dumps(rows))
     progress(f"{plan.split} {task.name}")
+    return rows
+
+
+class _GeneratedRow(RowModel):
+    input: FilledText
+    outputs: Annotated[list[FilledText], Field(min_length=1)]
+    length: int
+    index: int
+
+
+def _checked(file: Path, rows: Any) -> list[Row]:
+    """The rows as they are, if a prompt and its answers can be made from each."""
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise PipelineError(f"{file} holds no list of rows; delete it and run again.")
+    for number, row in enumerate(rows):
+        validated(_GeneratedRow, row, f"{file}, counted from 0: row {number}", "RULER", "the generator's output")
     return rows
 
 
@@ -551,7 +572,8 @@ def _sample(
     if tokenizer.chat_template:
         # The template ends in a newline after the assistant's name. A turn starts there without a space,
         # and a trailing space would tear the first answer token apart: both are dropped.
-        prompt = chat_prompt(tokenizer, [{"role": "user", "content": text}]) + prefix.strip()
+        header = chat_prompt(tokenizer, [{"role": "user", "content": text}])
+        prompt = f"{header}{reply_gap(tokenizer)}{prefix.strip()}"
     else:
         prompt = row["input"].rstrip()
     ids, prompt_len = encode_pair(tokenizer, prompt, true_continuation(task, row["outputs"]), end)

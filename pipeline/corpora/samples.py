@@ -1,7 +1,8 @@
 """The one schema every corpus is turned into, and its Parquet file. It knows no corpus."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ SCHEMA = pa.schema(
         ("meta", pa.string()),
     ]
 )
+_OPTIONAL = ("question_start", "gold")
 
 
 @dataclass(frozen=True)
@@ -94,32 +96,77 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     """
     if not samples:
         raise PipelineError(f"{path}: the corpus has no samples; check its source and params.yaml (samples, length).")
-    if len({sample.sample_id for sample in samples}) != len(samples):
-        raise PipelineError(f"{path}: two samples share a sample_id; every row of the source needs its own id.")
-    for sample in samples:
-        if not 1 <= sample.prompt_len < len(sample.input_ids):
-            raise PipelineError(
-                f"{path}: sample {sample.sample_id} has no tokens after its prompt; drop it or give an answer."
-            )
-        if not 1 <= sample.context_len <= sample.prompt_len:
-            raise PipelineError(f"{path}: the question of sample {sample.sample_id} starts outside its prompt; fix it.")
+    _check(path, samples)
     table = pa.Table.from_pylist([asdict(sample) for sample in samples], schema=SCHEMA)
     with atomic_write(path) as temporary:
         pq.write_table(table, temporary, compression="zstd")
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """Read a samples file back; the inverse of :func:`write_samples`."""
+    """Read a samples file back; the inverse of :func:`write_samples`.
+
+    Raises
+    ------
+    PipelineError
+        The file cannot be read, or what it holds is none that :func:`write_samples` would have written.
+    """
+    again = "run the samples stage again"
     try:
-        table = pq.read_table(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise PipelineError(f"{path} cannot be read as samples ({error}); run the samples stage again.") from None
-    names = [field.name for field in fields(Sample)]
-    missing = sorted(set(names) - set(table.column_names))
+        table = pq.read_table(path, partitioning=None)
+    except (OSError, pa.ArrowException) as error:
+        raise PipelineError(f"{path} cannot be read as samples ({_one_line(error)}); {again}.") from None
+    missing = sorted(set(SCHEMA.names) - set(table.column_names))
     if missing:
-        raise PipelineError(f"{path} lacks the columns {', '.join(missing)}; run the samples stage again.")
-    rows = table.select(names).to_pylist()
-    return [Sample(**{name: _as_tuples(value) for name, value in row.items()}) for row in rows]
+        raise PipelineError(f"{path} lacks the columns {', '.join(missing)}; {again}.")
+    for field in SCHEMA:
+        found = table.schema.field(field.name).type
+        if found != field.type:
+            raise PipelineError(f"{path}: its column {field.name} is {found}, not {field.type}; {again}.")
+    rows = table.select(SCHEMA.names).to_pylist()
+    for number, row in enumerate(rows):
+        for name, value in row.items():
+            if _has_null(value, name in _OPTIONAL):
+                raise PipelineError(f"{path}, counted from 0: row {number} has no value in its column {name}; {again}.")
+    samples = [Sample(**{name: _as_tuples(value) for name, value in row.items()}) for row in rows]
+    _check(path, samples)
+    return samples
+
+
+def _check(path: Path, samples: Sequence[Sample]) -> None:
+    """Raise for samples that no stage could use."""
+    if len({sample.sample_id for sample in samples}) != len(samples):
+        raise PipelineError(f"{path}: two samples share a sample_id; every row of the source needs its own id.")
+    for sample in samples:
+        name = f"{path}: sample {sample.sample_id}"
+        if sample.split not in SPLITS:
+            raise PipelineError(f"{name} is of no split ({sample.split}); build the samples again.")
+        if not 1 <= sample.prompt_len < len(sample.input_ids):
+            raise PipelineError(f"{name} has no tokens after its prompt; drop it or give an answer.")
+        if not 1 <= sample.context_len <= sample.prompt_len:
+            raise PipelineError(f"{path}: the question of sample {sample.sample_id} starts outside its prompt; fix it.")
+        if min(min(ids, default=0) for ids in (sample.input_ids, *sample.choices)) < 0:
+            raise PipelineError(f"{name} has a negative token id; build the samples again.")
+        if not _is_object(sample.meta):
+            raise PipelineError(f"{name} has a meta that is no JSON object; build the samples again.")
+        if sample.gold is not None and sample.gold < 0:
+            raise PipelineError(f"{name} names choice {sample.gold} as right, which is none; build the samples again.")
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def _has_null(value: Any, optional: bool) -> bool:
+    if isinstance(value, list):
+        return any(_has_null(item, False) for item in value)
+    return value is None and not optional
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _as_tuples(value: Any) -> Any:

@@ -6,20 +6,24 @@ once. All rows are at the same position of the same text: kept tokens keep their
 continue after the whole prompt. It knows no policies and no metrics.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface, Cache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from pipeline.errors import PipelineError
+from pipeline.attention import attention_function, attention_weights, shared_heads
 from pipeline.evaluation.sliding import SlidingLayer
-from pipeline.traces.capture import attention_implementation
+from pipeline.forward import run_model
+from pipeline.layers import ModelLayer
 
-ATTENTION_NAME = "kvp_evicted"
+# Logits that are held at once: those of all rows and tokens would be rows x t x vocabulary.
+_LOGIT_BYTES = 1 << 30
 
 
 @dataclass
@@ -46,7 +50,7 @@ class EvictedCache(Cache):
         Number of a layer -> its cache, for the layers that are not evicted; groups hold the others, in order.
     """
 
-    def __init__(self, reserve: int, sliding: Mapping[int, SlidingLayer] | None = None) -> None:
+    def __init__(self, reserve: int, sliding: Mapping[ModelLayer, SlidingLayer] | None = None) -> None:
         super().__init__(layers=[])
         self.reserve, self.sliding = reserve, dict(sliding or {})
         self.appended = 0
@@ -77,8 +81,8 @@ class EvictedCache(Cache):
         evicted = sum(tensor.nbytes for group in self.groups for tensor in (*group.keys, *group.values))
         return evicted + sum(layer.nbytes for layer in self.sliding.values())
 
-    def slot(self, layer: int) -> int:
-        """Where a group holds the model's layer ``layer``."""
+    def slot(self, layer: ModelLayer) -> int:
+        """Where a group holds a layer."""
         return layer - sum(other < layer for other in self.sliding)
 
     def update(
@@ -88,10 +92,11 @@ class EvictedCache(Cache):
         first_row, new = 0, key_states.shape[2]
         if self.appended + new > self.reserve:
             raise ValueError(f"{self.appended + new} new tokens exceed the {self.reserve} reserved")
-        if layer_idx in self.sliding:
-            self.sliding[layer_idx].append(key_states, value_states)
+        number = ModelLayer(layer_idx)
+        if number in self.sliding:
+            self.sliding[number].append(key_states, value_states)
             return key_states, value_states
-        layer = self.slot(layer_idx)
+        layer = self.slot(number)
         for group in self.groups:
             rows = slice(first_row, first_row + group.rows)
             slots = slice(group.budget + self.appended, group.budget + self.appended + new)
@@ -135,8 +140,10 @@ def evicted_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     *,
-    scaling: float,
-    evicted: EvictedCache | None = None,
+    evicted: EvictedCache,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention over an :class:`EvictedCache`; signature of transformers' attention interface.
@@ -145,65 +152,64 @@ def evicted_attention(
     ----------
     query
         (rows, heads, t, head_dim), the t newest tokens of every row.
+    scaling, softcap, s_aux
+        As in :func:`pipeline.traces.capture.capture_attention`.
 
     Returns
     -------
     output
         (rows, t, heads, head_dim).
     """
-    if evicted is None:
-        raise PipelineError(
-            f"{type(module).__name__} does not pass keyword arguments to its attention; eviction needs them."
-        )
-    number = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module carries its index
-    if number in evicted.sliding:
-        return evicted.sliding[number].attend(query, scaling).transpose(1, 2).contiguous(), None
-    layer = evicted.slot(number)
+    number = ModelLayer(int(module.layer_idx))  # type: ignore[arg-type]  # every attention module carries its index
     heads, new, head_dim = query.shape[1:]
+    scaling = head_dim**-0.5 if scaling is None else scaling
     kv_heads = key.shape[1]
+    if number in evicted.sliding:
+        attended = evicted.sliding[number].attend(query, scaling, softcap, s_aux)
+        return attended.transpose(1, 2).contiguous(), None
+    layer = evicted.slot(number)
     per_head = heads // kv_heads  # query heads of one KV head
     # The query heads of a group become further queries of its KV head: keys and values are read once, not
     # expanded to all heads.
     stacked = query.reshape(-1, kv_heads, per_head * new, head_dim)
+    sinks = shared_heads(s_aux, kv_heads, new)
     outputs, first_row = [], 0
     for group in evicted.groups:
         length = group.budget + evicted.appended + new
-        mask = None
+        visible = None
         if new > 1:
             # Everything that was cached before is visible; among the new tokens attention is causal.
-            mask = torch.ones(new, length, dtype=torch.bool, device=query.device).tril_(length - new)
-            mask = mask.repeat(per_head, 1)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                stacked[first_row : first_row + group.rows],
-                group.keys[layer][:, :, :length],
-                group.values[layer][:, :, :length],
-                attn_mask=mask,
-                scale=scaling,
-            )
-        )
+            visible = torch.ones(new, length, dtype=torch.bool, device=query.device).tril_(length - new)
+            visible = visible.repeat(per_head, 1)
+        rows = slice(first_row, first_row + group.rows)
+        queries, keys, values = stacked[rows], group.keys[layer][:, :, :length], group.values[layer][:, :, :length]
+        if softcap is None and sinks is None:
+            outputs.append(F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, scale=scaling))
+        else:
+            dtype = torch.promote_types(query.dtype, torch.float32)
+            logits = queries.to(dtype) @ keys.to(dtype).transpose(2, 3) * scaling
+            weights = attention_weights(logits, None if visible is None else ~visible, softcap, sinks)
+            outputs.append(weights.to(values.dtype) @ values)
         first_row += group.rows
     output = torch.cat(outputs).view(-1, heads, new, head_dim)
     return output.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(ATTENTION_NAME, evicted_attention)
+# tokens (rows, t), position of the first, how many of the last are wanted -> logits (rows, keep, vocabulary)
+_Run = Callable[[Tensor, int, int], Tensor]
 
 
-@torch.inference_mode()
-def _forward(model: PreTrainedModel, cache: EvictedCache, tokens: Tensor, position: int) -> Tensor:
-    """Hidden states (rows, t, hidden) of ``tokens`` (rows, t) that start at ``position``."""
-    positions = torch.arange(position, position + tokens.shape[1], device=tokens.device)
-    hidden: Tensor = model.base_model(
-        input_ids=tokens,
-        position_ids=positions[None].expand(tokens.shape[0], -1),
-        cache_position=positions,
-        past_key_values=cache,
-        use_cache=True,
-        evicted=cache,
-    ).last_hidden_state
-    cache.appended += tokens.shape[1]
-    return hidden
+@contextmanager
+def _evicted(model: PreTrainedModel, cache: EvictedCache) -> Iterator[_Run]:
+    """Yield a call that appends tokens (rows, t) at a position and returns the logits of the last ``keep`` of them."""
+
+    def run(tokens: Tensor, position: int, keep: int) -> Tensor:
+        logits = run_model(model, tokens, cache, position, keep)
+        cache.appended += tokens.shape[1]
+        return logits
+
+    with attention_function(model, partial(evicted_attention, evicted=cache)):
+        yield run
 
 
 @torch.inference_mode()
@@ -229,15 +235,13 @@ def greedy_decode(
     -------
     Generated token ids per row, in row order, the token that finished a row included.
     """
-    with attention_implementation(model, ATTENTION_NAME):
+    with _evicted(model, cache) as run:
         generated: list[list[int]] = [[] for _ in range(cache.rows)]
         active = list(range(cache.rows))
-        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
         tokens = torch.tensor(first_tokens, device=model.device).expand(cache.rows, -1)
         for _ in range(max_new_tokens):
-            hidden = _forward(model, cache, tokens, position)
+            chosen = run(tokens, position, 1)[:, -1].argmax(-1)
             position += tokens.shape[1]
-            chosen = head(hidden[:, -1]).argmax(-1)
             for row, token in zip(active, chosen.tolist(), strict=True):
                 generated[row].append(token)
             running = torch.tensor([not is_finished(generated[row]) for row in active])
@@ -266,12 +270,8 @@ def continuation_nll(model: PreTrainedModel, cache: EvictedCache, continuation: 
     -------
     (rows, t) float32, nats per token.
     """
-    with attention_implementation(model, ATTENTION_NAME):
-        inputs, targets = continuation[:-1].to(model.device), continuation[1:].to(model.device)
-        hidden = _forward(model, cache, inputs.expand(cache.rows, -1), position)
-        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        # Row by row: logits of all rows at once would be rows x t x vocabulary.
-        return torch.stack([F.cross_entropy(head(row).float(), targets, reduction="none") for row in hidden])
+    with _evicted(model, cache) as run:
+        return _nll(model, run, cache.rows, continuation[:-1], continuation[1:], position)
 
 
 @torch.inference_mode()
@@ -295,20 +295,29 @@ def choice_nll(
     -------
     (rows, choices) float32, nats, summed over the tokens of a choice.
     """
-    with attention_implementation(model, ATTENTION_NAME):
-        head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-
-        def run(tokens: Sequence[int], at: int) -> Tensor:
-            return _forward(model, cache, torch.tensor(tokens, device=model.device).expand(cache.rows, -1), at)
-
-        before = run(first_tokens, position)[:, -1:]
+    with _evicted(model, cache) as run:
+        first = torch.tensor(first_tokens, device=model.device)
+        before = run(first.expand(cache.rows, -1), position, 1)[:, -1].float()  # (rows, vocabulary)
         appended = cache.appended
         found = []
         for choice in choices:
             cache.rewind(appended)
-            hidden = before
-            if len(choice) > 1:
-                hidden = torch.cat([before, run(choice[:-1], position + len(first_tokens))], dim=1)
             targets = torch.tensor(choice, device=model.device)
-            found.append(torch.stack([F.cross_entropy(head(row).float(), targets, reduction="sum") for row in hidden]))
+            nll = F.cross_entropy(before, targets[:1].expand(cache.rows), reduction="none")
+            if len(choice) > 1:
+                nll = nll + _nll(model, run, cache.rows, targets[:-1], targets[1:], position + len(first)).sum(-1)
+            found.append(nll)
         return torch.stack(found, dim=1)
+
+
+def _nll(model: PreTrainedModel, run: _Run, rows: int, inputs: Tensor, targets: Tensor, position: int) -> Tensor:
+    """Negative log-likelihood of ``targets`` after each of ``inputs``: (t,), (t,) int64 -> (rows, t) float32."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    step = max(1, _LOGIT_BYTES // (rows * vocabulary * model.dtype.itemsize))
+    found = []
+    for first in range(0, len(inputs), step):
+        tokens = inputs[first : first + step]
+        logits = run(tokens.expand(rows, -1), position + first, len(tokens))
+        expected = targets[first : first + step].to(logits.device)
+        found.append(torch.stack([F.cross_entropy(row.float(), expected, reduction="none") for row in logits]))
+    return torch.cat(found, dim=1)

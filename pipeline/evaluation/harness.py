@@ -16,8 +16,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.benchmarks.choice import choice_outcome
-from pipeline.corpora.choice import evaluated_files
-from pipeline.corpora.rows import Row, read_rows
+from pipeline.corpora.choice import read_choice_rows
+from pipeline.corpora.rows import Row
 from pipeline.corpora.samples import Sample
 from pipeline.errors import PipelineError
 from pipeline.evaluation.sweep import Sweep
@@ -94,7 +94,7 @@ class Agreement:
 
 
 def harness_row(task: str, row: Row) -> Row:
-    """A row of a source in the columns that the harness's definition reads, those of the hub."""
+    """A row, as ``read_choice_rows`` gives it, in the columns that the harness's definition reads, those of the hub."""
     match task:
         case "boolq":
             label = row["label"] if "label" in row else row["answer"]
@@ -149,7 +149,7 @@ def harness_answers(
         from lm_eval.models.huggingface import HFLM
     except ModuleNotFoundError as error:
         raise PipelineError(f"The harness needs a module that is missing ({error}); pip install '.[dev]'.") from None
-    rows = [row for file in evaluated_files(task, source) for row in read_rows(file)]
+    rows = read_choice_rows(task, source)
     by_definition: defaultdict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
         by_definition[_DEFINITIONS[task].format(subject=sample.task)].append(sample)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from pipeline.layers import RankedLayer
+from pipeline.layout import cache_layout
 from pipeline.policy.agents import Policy
 from pipeline.policy.ranking import rank
 
@@ -46,15 +48,15 @@ def measure_latency(
         seconds.
     """
     rows: list[tuple[int, str, int, float]] = []
-    layers = model.config.num_hidden_layers
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
     generator = torch.Generator().manual_seed(0)
     for length in lengths:
-        tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator).to(model.device)
+        tokens = torch.randint(vocabulary, (1, length), generator=generator).to(model.device)
         cache = _prefill(model, tokens)
-        states = [(layer.keys[0], layer.values[0]) for layer in cache.layers]  # type: ignore[index]
+        states = ranked_states(model, cache)
         works: dict[str, Callable[[], object]] = {
-            "ranking, one layer": partial(_rank_layer, policy, states, 0),
-            "ranking, all layers": partial(_rank_layers, policy, states, layers),
+            "ranking, one layer": partial(_rank_layer, policy, states, RankedLayer(0)),
+            "ranking, all layers": partial(_rank_layers, policy, states),
             "prefill": partial(_prefill, model, tokens),
             "decode step": partial(_decode, model, tokens[:, -1:], cache),
         }
@@ -69,7 +71,7 @@ def measure_latency(
 
 
 def _prefill(model: PreTrainedModel, tokens: Tensor) -> DynamicCache:
-    cache = DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return cache
 
@@ -79,13 +81,19 @@ def _decode(model: PreTrainedModel, token: Tensor, cache: DynamicCache) -> None:
     model(input_ids=token, past_key_values=cache, use_cache=True)
 
 
-def _rank_layer(policy: Policy, states: Sequence[tuple[Tensor, Tensor]], layer: int) -> Tensor:
+def ranked_states(model: PreTrainedModel, cache: DynamicCache) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values (kv_heads, n, head_dim) of the ranked layers, in their order."""
+    layers = [cache.layers[number] for number in cache_layout(model).ranked]
+    return [(layer.keys[0], layer.values[0]) for layer in layers]  # type: ignore[index]
+
+
+def _rank_layer(policy: Policy, states: Sequence[tuple[Tensor, Tensor]], layer: RankedLayer) -> Tensor:
     keys, values = states[layer]
     return rank(policy(keys, values, layer=layer))
 
 
-def _rank_layers(policy: Policy, states: Sequence[tuple[Tensor, Tensor]], layers: int) -> list[Tensor]:
-    return [_rank_layer(policy, states, layer) for layer in range(layers)]
+def _rank_layers(policy: Policy, states: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    return [_rank_layer(policy, states, RankedLayer(layer)) for layer in range(len(states))]
 
 
 def _timed(call: Callable[[], object], device: torch.device) -> float:

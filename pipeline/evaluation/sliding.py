@@ -7,6 +7,8 @@ holds only what it has appended itself.
 import torch
 from torch import Tensor
 
+from pipeline.attention import attention_weights, shared_heads
+
 
 class SlidingLayer:
     """What one sliding layer holds while rows are decoded together.
@@ -46,13 +48,17 @@ class SlidingLayer:
         if self._own is not None:
             self._own = (self._own[0][keep], self._own[1][keep])
 
-    def attend(self, query: Tensor, scaling: float) -> Tensor:
+    def attend(
+        self, query: Tensor, scaling: float, softcap: float | None = None, sinks: Tensor | None = None
+    ) -> Tensor:
         """Attention of the newest tokens, which were appended before.
 
         Parameters
         ----------
         query
             (rows, heads, t, head_dim).
+        softcap, sinks
+            As in :func:`pipeline.attention.attention_weights`; sinks are (heads,).
 
         Returns
         -------
@@ -71,7 +77,9 @@ class SlidingLayer:
         position = torch.arange(tokens - new, tokens, device=query.device)[:, None]
         token = torch.arange(tokens, device=query.device)
         hidden = (token > position) | (token <= position - self.window)  # (t, tokens)
-        logits.masked_fill_(hidden.repeat(heads // kv_heads, 1), float("-inf"))
-        weights = torch.softmax(logits, dim=-1, dtype=torch.float32).to(values.dtype)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        weights = attention_weights(
+            logits, hidden.repeat(heads // kv_heads, 1), softcap, shared_heads(sinks, kv_heads, new)
+        ).to(values.dtype)
         output = torch.einsum("rhqs,hsd->rhqd", weights[..., :shared], self.values) + weights[..., shared:] @ values
         return output.reshape(query.shape)

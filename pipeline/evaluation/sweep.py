@@ -1,22 +1,20 @@
 """The sweep: one prefill per sample, every policy, every budget.
 
-Hooks ask every policy for its scores while the prompt is prefilled; each policy ranks once; each budget is
+Every policy is asked for its scores while the prompt is prefilled; each policy ranks once; each budget is
 a prefix of that ranking; all (policy, budget) pairs then decode together. Policies see the whole prompt; its
 last token, which every budget keeps, is then fed once more against the evicted cache, so that every
 predicted token, the first included, comes from what is left. A late question comes after the eviction.
 Layers that slide over a window are not ranked: they hold what they hold in a plain run. "Layers" below are
-the others, in the order of ``pipeline/layers.py``.
+the others, in the order of ``pipeline/layout.py``.
 It reads and writes no files; ``pipeline/evaluation/results.py`` names the columns.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.benchmarks.choice import choice_outcome
@@ -25,14 +23,16 @@ from pipeline.corpora.samples import Sample
 from pipeline.errors import PipelineError
 from pipeline.evaluation.decode import EvictedCache, choice_nll, continuation_nll, greedy_decode
 from pipeline.evaluation.sliding import SlidingLayer
-from pipeline.eviction.baselines import BASELINES, SHORTEST_CACHE, LayerCache
+from pipeline.eviction.baselines import BASELINES, OBSERVED_QUERIES, SHORTEST_CACHE, LayerCache
 from pipeline.eviction.budget import gather_tokens, kept_tokens, protected_ranking
-from pipeline.layers import full_attention_layers
+from pipeline.forward import require_finite
+from pipeline.layers import ModelLayer, RankedLayer
+from pipeline.layout import CacheLayout, cache_layout
 from pipeline.models import end_token_ids
 from pipeline.params import EvaluationParams, MatrixParams, TracesParams
 from pipeline.policy.agents import Policy
 from pipeline.policy.ranking import cost_at_budgets, optimal_total_cost, rank, total_cost
-from pipeline.traces.capture import run_captured
+from pipeline.traces.capture import ObservedLayer, Tails, run_captured
 from pipeline.traces.importance import future_importance
 
 # Cost curves are drawn on these fractions of the cache: k / COST_GRID, k = 1 .. COST_GRID - 1.
@@ -83,7 +83,7 @@ class Prefill:
     values: list[Tensor]
     scores: dict[int, dict[PolicyKey, Tensor]]
     importance: dict[int, Tensor]
-    windows: dict[int, tuple[Tensor, Tensor]]
+    windows: dict[ModelLayer, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,36 @@ class Sweep:
     whole_if_shorter: bool = False
     answer_perplexity: bool = False
     end_tokens: frozenset[int] = field(init=False)
-    layers: tuple[int, ...] = field(init=False)
+    layout: CacheLayout = field(init=False)
 
     def __post_init__(self) -> None:
-        self.layers = full_attention_layers(self.model.config)
+        self.layout = cache_layout(self.model)
         self.end_tokens = end_token_ids(self.model)
+
+    @property
+    def layers(self) -> tuple[ModelLayer, ...]:
+        """The model's numbers of the ranked layers."""
+        return self.layout.ranked
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Refuse samples that :meth:`run` would refuse, before the first of them is run.
+
+        Raises
+        ------
+        PipelineError
+            A budget is larger than a sample's cache, or a context is too short to be ranked.
+        """
+        for sample in samples:
+            n = sample.context_len
+            if max(self.budgets, default=0) > n and not self.whole_if_shorter:
+                raise PipelineError(
+                    f"evaluation.budgets: {self.budgets[-1]} is larger than the cache of sample {sample.sample_id}, "
+                    f"{n} tokens; lower the budget or use longer samples."
+                )
+            if n < SHORTEST_CACHE:
+                raise PipelineError(
+                    f"Sample {sample.sample_id} has a context of {n} tokens; ranking needs {SHORTEST_CACHE}: drop it."
+                )
 
     def run(self, sample: Sample, seed: int) -> tuple[list[Outcome], list[Costs]]:
         """Evaluate every (policy, budget) pair on one sample.
@@ -158,14 +183,10 @@ class Sweep:
         Raises
         ------
         PipelineError
-            A budget is larger than this sample's cache.
+            As for :meth:`check`; or a score, a key, a value or a logit is not finite.
         """
+        self.check([sample])
         n = sample.context_len
-        if max(self.budgets, default=0) > n and not self.whole_if_shorter:
-            raise PipelineError(
-                f"evaluation.budgets: {self.budgets[-1]} is larger than the cache of sample {sample.sample_id}, {n} "
-                "tokens; lower the budget or use longer samples."
-            )
         prefill = self.prefill(sample, seed)
         rankings = {
             key: protected_ranking(scores, self.evaluation.n_sink, self.evaluation.n_recent)
@@ -206,18 +227,23 @@ class Sweep:
         chunk = self.traces.query_chunk
         n = sample.context_len
         middle = n // 2 // self.traces.block_size * self.traces.block_size
-        if n < SHORTEST_CACHE:
-            raise PipelineError(
-                f"Sample {sample.sample_id} has a context of {n} tokens; ranking needs {SHORTEST_CACHE}: drop it."
-            )
         ids = torch.tensor(sample.input_ids)
         cache = DynamicCache()
-        collected: dict[int, dict[PolicyKey, list[Tensor]]] = {
-            size: {} for size in (middle, n) if size and self.budgets
-        }
-        with self._scoring(collected, seed):
-            # Blocks as large as can be: a record of traces' blocks grows with n x n, 4 GB a layer at 128k tokens.
-            prompt = run_captured(self.model, ids[:n], cache, middle or n, chunk)
+        sizes = tuple(size for size in (middle, n) if size and self.budgets)
+        collected: dict[int, dict[PolicyKey, list[Tensor]]] = {size: {} for size in sizes}
+
+        def score(index: RankedLayer, layer: ObservedLayer) -> None:
+            for size, by_key in collected.items():
+                keys, values = layer.keys[:, :size], layer.values[:, :size]  # attention is causal
+                found = {key: policy(keys, values, layer=index) for key, policy in self.policies.items()}
+                view = LayerCache(layer.number, keys, values, layer.tails[size], seed)
+                found |= {PolicyKey(name): baseline(view) for name, baseline in BASELINES.items()}
+                for key, scores in found.items():
+                    by_key.setdefault(key, []).append(scores)
+
+        tails = Tails(sizes, OBSERVED_QUERIES)
+        # Blocks as large as can be: a record of traces' blocks grows with n x n, 4 GB a layer at 128k tokens.
+        prompt = run_captured(self.model, ids[:n], cache, middle or n, chunk, tails, score)
         # The true continuation runs against the uncompressed cache; its attention is the oracle's knowledge.
         after = run_captured(self.model, ids[n:], cache, len(ids), chunk)
         beyond = torch.stack([record[:, :n].sum(-1) for record in after])
@@ -228,37 +254,17 @@ class Sweep:
         scores = {
             size: {key: torch.stack(layers) for key, layers in by_key.items()} for size, by_key in collected.items()
         }
-        for size in scores:
-            scores[size][ORACLE] = importance[size]
+        for size, by_policy in scores.items():
+            by_policy[ORACLE] = importance[size]
+            for key, found in by_policy.items():
+                require_finite(self.model, found, f"sample {sample.sample_id}: a score of {key.policy}")
         states = [(layer[0], layer[1]) for layer in cache]  # (1, kv_heads, tokens, head_dim)
         keys, values = ([states[layer][index][:, :, :n] for layer in self.layers] for index in (0, 1))
         windows = {}
-        for layer in set(range(len(states))) - set(self.layers):
-            window = slice(max(0, n - self.model.config.sliding_window), n - 1)
-            windows[layer] = (states[layer][0][0, :, window], states[layer][1][0, :, window])
+        for layer, window in self.layout.windows.items():
+            held = slice(max(0, n - window), n - 1)
+            windows[layer] = (states[layer][0][0, :, held], states[layer][1][0, :, held])
         return Prefill(keys, values, scores, importance, windows)
-
-    @contextmanager
-    def _scoring(self, collected: dict[int, dict[PolicyKey, list[Tensor]]], seed: int) -> Iterator[None]:
-        def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-            layer = int(module.layer_idx)  # type: ignore[arg-type]  # every attention module carries its index
-            agents = self.layers.index(layer)
-            stored = kwargs["past_key_values"].layers[layer]
-            whole = LayerCache(module, kwargs["hidden_states"], stored.keys, stored.values, kwargs, seed)
-            for size, by_key in collected.items():
-                view = whole.prefix(size)
-                for key, policy in self.policies.items():
-                    by_key.setdefault(key, []).append(policy(view.keys[0], view.values[0], layer=agents))
-                for name, score in BASELINES.items():
-                    by_key.setdefault(PolicyKey(name), []).append(score(view))
-
-        body: Any = self.model.base_model
-        handles = [body.layers[layer].self_attn.register_forward_hook(hook, with_kwargs=True) for layer in self.layers]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def evict(
         self, prefill: Prefill, rankings: Mapping[PolicyKey, Tensor], reserve: int
@@ -269,7 +275,7 @@ class Sweep:
         """
         n = prefill.keys[0].shape[2]
         sliding = {
-            layer: SlidingLayer(self.model.config.sliding_window, *states) for layer, states in prefill.windows.items()
+            layer: SlidingLayer(self.layout.windows[layer], *states) for layer, states in prefill.windows.items()
         }
         cache = EvictedCache(reserve, sliding)
         rows: list[tuple[PolicyKey, int | None]] = []

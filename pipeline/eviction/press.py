@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import PipelineError
-from pipeline.layers import full_attention_layers
+from pipeline.layers import ModelLayer, RankedLayer
+from pipeline.layout import CacheLayout, cache_layout
 from pipeline.models import head_shape
 from pipeline.policy.agents import Policy, load_policy
 
@@ -39,6 +40,7 @@ class KVPPress(ScorerPress):  # type: ignore[misc]  # kvpress is untyped
     n_sink: int = 4
     n_recent: int = 16
     policy: Policy = field(init=False, repr=False)
+    layout: CacheLayout = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,6 +56,7 @@ class KVPPress(ScorerPress):  # type: ignore[misc]  # kvpress is untyped
                 f"{self.policy_directory} ranks {ours}, but the model has {theirs}; train a policy for this model."
             )
         self.policy.to(model.device)
+        self.layout = cache_layout(model)
 
     def compress(
         self,
@@ -65,7 +68,7 @@ class KVPPress(ScorerPress):  # type: ignore[misc]  # kvpress is untyped
         kwargs: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of the kept tokens; a layer that slides over a window keeps all it has."""
-        if module.layer_idx not in full_attention_layers(module.config):  # type: ignore[arg-type]
+        if self._index(module) is None:
             return keys, values
         compressed: tuple[Tensor, Tensor] = super().compress(module, hidden_states, keys, values, attentions, kwargs)
         return compressed
@@ -81,9 +84,14 @@ class KVPPress(ScorerPress):  # type: ignore[misc]  # kvpress is untyped
         kwargs: dict[str, Any],
     ) -> Tensor:
         """Scores of shape (batch, kv_heads, tokens), float32, higher = keep; protected tokens are +inf."""
-        # Every attention module carries its index in the model and the config.
-        layer = full_attention_layers(module.config).index(module.layer_idx)  # type: ignore[arg-type]
+        layer = self._index(module)
         scores = torch.stack([self.policy(*states, layer=layer) for states in zip(keys, values, strict=True)])
         scores[..., : self.n_sink] = float("inf")
         scores[..., max(scores.shape[-1] - self.n_recent, 0) :] = float("inf")
         return scores
+
+    def _index(self, module: nn.Module) -> RankedLayer | None:
+        """The index of a layer among the ranked ones, None for one that slides over a window."""
+        number = ModelLayer(int(module.layer_idx))  # type: ignore[arg-type]  # every attention module carries its index
+        ranked = self.layout.ranked
+        return RankedLayer(ranked.index(number)) if number in ranked else None

@@ -21,6 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
+from pipeline.layers import RankedLayer
 from pipeline.params import AgentParams
 from pipeline.workdir import atomic_write, write_json
 
@@ -103,7 +104,7 @@ class Policy(nn.Module):
         self.register_buffer("mean", torch.zeros(shape.heads, 1, shape.channels))
         self.register_buffer("std", torch.ones(shape.heads, 1, shape.channels))
 
-    def forward(self, keys: Tensor, values: Tensor, layer: int | None = None) -> Tensor:
+    def forward(self, keys: Tensor, values: Tensor, layer: RankedLayer | None = None) -> Tensor:
         """Score the tokens of a cache.
 
         Parameters

@@ -84,7 +84,7 @@ def render(
     drawings
         Figures with the PNG each was drawn to.
     recorded
-        What the fetching stages recorded about sources, by what they are (see :func:`recorded_sources`).
+        What the fetching stages recorded about sources, and the check about models, by what they are (see :func:`recorded_sources`).
     texts
         The block of coloured texts (``tokens.page_block``).
     """
@@ -106,7 +106,7 @@ def render(
         confidence=f"{params.report.confidence:.0%}",
         resamples=f"{params.report.bootstrap_samples:,}",
         stratified=", drawn within each task, tasks of one sample together" if several_tasks else "",
-        setup=_setup_tables(params, numbers),
+        setup=_setup_tables(params, numbers, recorded),
         stand_ins=_stand_ins(params),
         figures=[
             {
@@ -124,9 +124,10 @@ def render(
     )
 
 
-def recorded_sources(models: Path, samples: Path, params: Params) -> dict[str, dict[str, Any]]:
-    """The source.json files next to the models and samples of the matrix, where they exist."""
+def recorded_sources(models: Path, samples: Path, checks: Path, params: Params) -> dict[str, dict[str, Any]]:
+    """The source.json files next to the models and samples of the matrix, and the models' checks, where they exist."""
     paths = {f"model {model}": models / model / "source.json" for model in params.matrix.model}
+    paths |= {f"check {model}": checks / f"{model}.json" for model in params.matrix.model}
     paths |= {
         f"data {corpus}": samples / params.matrix.model[0] / corpus / "source.json"
         for corpus in params.matrix.benchmark
@@ -134,12 +135,19 @@ def recorded_sources(models: Path, samples: Path, params: Params) -> dict[str, d
     return {what: json.loads(path.read_text()) for what, path in paths.items() if path.is_file()}
 
 
-def _setup_tables(params: Params, numbers: Numbers) -> list[Table]:
+def _setup_tables(params: Params, numbers: Numbers, recorded: dict[str, dict[str, Any]]) -> list[Table]:
     models = Table(
         "Models",
-        ["model", "source", "precision"],
+        ["model", "source", "precision", "checked against transformers' own numbers"],
         [
-            Row([Cell(name), Cell(params.models[name].source.uri, look="text"), Cell(params.models[name].dtype)])
+            Row(
+                [
+                    Cell(name),
+                    Cell(params.models[name].source.uri, look="text"),
+                    Cell(params.models[name].dtype),
+                    Cell(_verdict(recorded.get(f"check {name}")), look="text"),
+                ]
+            )
             for name in params.matrix.model
         ],
     )
@@ -180,6 +188,13 @@ def _setup_tables(params: Params, numbers: Numbers) -> list[Table]:
         ],
     )
     return [models, data, sweep, *_prompt_tables(numbers.prompts)]
+
+
+def _verdict(check: dict[str, Any] | None) -> str:
+    if check is None:
+        return "not checked"
+    limit = "" if check["longest"] is None else f", in texts of up to {check['longest']:,} tokens"
+    return f"{check['verdict']}: all within {check['tolerance']:g} in float32, finite in {check['dtype']}{limit}"
 
 
 def _split_size(corpus: AnyCorpusParams, split: str) -> str:

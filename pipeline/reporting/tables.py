@@ -25,6 +25,12 @@ COST_COLUMNS = (
     "optimal_cost",
 )  # fmt: skip
 CURVE_COLUMNS = ("step", "layer", "kv_head", "metric", "value")
+# The numbers of these tables that are averaged, and what tells their rows apart: an average hides one that is none.
+_AVERAGED = {
+    EVALUATION_COLUMNS: (("value", "n_tokens"), ("policy", "trained_on", "budget", "benchmark", "sample_id")),
+    COST_COLUMNS: (("cache_size", "cost", "optimal_cost"), ("policy", "trained_on", "corpus", "sample_id")),
+    CURVE_COLUMNS: (("value",), ("metric", "step", "layer", "kv_head")),
+}
 
 POLICY = ["policy", "trained_on"]
 # Budgets of the cost table lie on this grid of cache_size.
@@ -35,7 +41,13 @@ SCOPES = ("pooled", "mid-sequence", "whole prompt")
 
 
 def read_table(path: Path, columns: Sequence[str]) -> pl.DataFrame:
-    """A Parquet file's ``columns``, or a sentence on what is missing."""
+    """A Parquet file's ``columns``.
+
+    Raises
+    ------
+    PipelineError
+        The file is missing or damaged, lacks a column, or holds what is no finite number where numbers are averaged.
+    """
     if not path.is_file():
         raise PipelineError(f"{path} does not exist; run the stage that makes it (dvc repro does).")
     try:
@@ -43,9 +55,24 @@ def read_table(path: Path, columns: Sequence[str]) -> pl.DataFrame:
         missing = sorted(set(columns) - set(frame.collect_schema().names()))
         if missing:
             raise PipelineError(f"{path} lacks the columns {', '.join(missing)}; run the stage that makes it again.")
-        return frame.select(columns).collect()
+        table = frame.select(columns).collect()
     except (pl.exceptions.PolarsError, OSError) as error:
         raise PipelineError(f"{path} cannot be read ({error}); run the stage that makes it again.") from None
+    numbers, names_of_row = _AVERAGED.get(tuple(columns), ((), ()))
+    for name in numbers:
+        if not table.schema[name].is_numeric():
+            raise PipelineError(
+                f"{path}: its column {name} is {table.schema[name]} and no number; run the stage that makes it again."
+            )
+        bad = table.filter(pl.col(name).is_null() | ~pl.col(name).cast(pl.Float64).is_finite())
+        if not bad.is_empty():
+            row = bad.row(0, named=True)
+            where = ", ".join(f"{column} {row[column]}" for column in names_of_row if row[column] is not None)
+            raise PipelineError(
+                f"{path}: {name} is not finite but {row[name]} for {where}; run the stage that makes it again, in "
+                "float32 if it persists."
+            )
+    return table
 
 
 def read_evaluations(root: Path, matrix: MatrixParams) -> pl.DataFrame:

@@ -7,8 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.corpora.samples import Sample
-from pipeline.layers import full_attention_layers
-from pipeline.models import head_shape
+from pipeline.layout import cache_layout
 from pipeline.params import TracesParams
 from pipeline.traces.capture import LayerTrace, capture_sequence
 from pipeline.traces.shards import TraceShape, is_committed, write_manifest, write_shard
@@ -36,11 +35,11 @@ def build_traces(
     layers
         Numbers of the layers to keep; None for all that see the whole context.
     """
-    _, kv_heads, head_dim = head_shape(model)
-    numbers = full_attention_layers(model.config)
+    layout = cache_layout(model)
+    numbers = layout.ranked
     kept = [index for index, number in enumerate(numbers) if layers is None or number in layers]
     kept_numbers = tuple(numbers[index] for index in kept)
-    shape = TraceShape(model_name, corpus, len(kept), kv_heads, head_dim, params.block_size, kept_numbers)
+    shape = TraceShape(model_name, corpus, len(kept), layout.kv_heads, layout.head_dim, params.block_size, kept_numbers)
     shards: dict[str, int] = {}
     for split, samples in splits.items():
         size = params.sequences_per_shard

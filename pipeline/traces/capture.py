@@ -1,26 +1,43 @@
 """Run a language model once and record, per layer, what its cache holds and which tokens get attended to.
 
-Capture is an attention function registered with transformers under the name ``kvp_capture``: model code
-stays as it is. The function computes ordinary causal attention in chunks of queries and, on the way,
-reduces the attention weights to the future-attention record (``pipeline/traces/importance.py``), so
-memory is O(tokens x query_chunk), never tokens x tokens for all heads. Layers that slide over a window run
-as they always do and leave no record.
+Capture is an attention function (``pipeline/attention.py``): model code stays as it is. The function computes
+ordinary causal attention in chunks of queries and, on the way, reduces the attention weights to the
+future-attention record (``pipeline/traces/importance.py``), so memory is O(tokens x query_chunk), never tokens x
+tokens for all heads. Layers that slide over a window run as they always do and leave no record. Logits and weights
+are float32, whatever the model's dtype.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from pipeline.attention import attention_function, attention_weights
 from pipeline.errors import PipelineError
-from pipeline.layers import full_attention_layers
+from pipeline.forward import require_finite, run_model
+from pipeline.layers import ModelLayer, RankedLayer
+from pipeline.layout import cache_layout
 
-ATTENTION_NAME = "kvp_capture"
+
+@dataclass(frozen=True)
+class Tails:
+    """Which attention is kept as it is: that of the last queries before some places.
+
+    Attributes
+    ----------
+    cuts
+        Cache sizes. The queries before each must be among the new ones.
+    queries
+        How many queries before each cut; fewer where the text begins.
+    """
+
+    cuts: tuple[int, ...] = ()
+    queries: int = 0
 
 
 @dataclass
@@ -34,6 +51,12 @@ class Recorder:
         ``b * block_size .. (b + 1) * block_size - 1``.
     query_chunk
         Queries whose attention weights are held at once.
+    windows
+        Number of a layer that slides over a window -> tokens that a query sees there, itself included.
+    tails
+        Whose attention weights are kept.
+    observe
+        Called with each recorded layer as soon as its attention is computed.
     records
         layer -> (kv_heads, tokens, blocks) float32: attention mass that each token receives from each
         block of queries; the maximum over the query heads of a group, summed over the block.
@@ -41,7 +64,30 @@ class Recorder:
 
     block_size: int
     query_chunk: int
-    records: dict[int, Tensor] = field(default_factory=dict)
+    windows: Mapping[ModelLayer, int] = field(default_factory=dict)
+    tails: Tails = Tails()
+    observe: Callable[["ObservedLayer"], None] | None = None
+    records: dict[ModelLayer, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ObservedLayer:
+    """One layer as its attention has just been computed.
+
+    Attributes
+    ----------
+    number
+        The layer's number in the model.
+    keys, values
+        (kv_heads, tokens, head_dim), model dtype; keys after RoPE, as they stand in the cache.
+    tails
+        cut -> (heads, queries, cut) float32: attention of the last queries before each cut (:class:`Tails`).
+    """
+
+    number: ModelLayer
+    keys: Tensor
+    values: Tensor
+    tails: Mapping[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -69,9 +115,10 @@ def capture_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     *,
-    scaling: float,
-    sliding_window: int | None = None,
-    recorder: Recorder | None = None,
+    recorder: Recorder,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention that fills ``recorder``; signature of transformers' attention interface.
@@ -82,8 +129,10 @@ def capture_attention(
         (1, heads, q, head_dim). The q queries are the last q of the ``tokens`` cached positions.
     key, value
         (1, kv_heads, tokens, head_dim).
-    sliding_window
-        Tokens that a query sees, itself included. Where that leaves tokens out, nothing is recorded.
+    scaling
+        What queries are multiplied by; by default, as in transformers, 1 / sqrt(head_dim).
+    softcap, s_aux
+        As ``softcap`` and ``sinks`` of :func:`pipeline.attention.attention_weights`; sinks are (heads,).
 
     Returns
     -------
@@ -95,23 +144,31 @@ def capture_attention(
     With grouped-query attention the importance of a token is its maximum over the query heads of the
     group, as in the paper's reward (section "Reward"; not the mean).
     """
-    if recorder is None:
-        raise PipelineError(
-            f"{type(module).__name__} does not pass keyword arguments to its attention; capture needs them."
-        )
     if query.shape[0] != 1 or attention_mask is not None:
         raise PipelineError("Attention is captured for one sequence at a time, without padding.")
-    if sliding_window is not None and key.shape[2] > sliding_window:
-        return _sliding_attention(query, key, value, scaling, sliding_window, recorder.query_chunk), None
-    output, record = recorded_attention(query[0], key[0], value[0], scaling, recorder)
-    recorder.records[module.layer_idx] = record  # type: ignore[index]  # every attention module carries its index
+    number = ModelLayer(int(module.layer_idx))  # type: ignore[arg-type]  # every attention module carries its index
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = recorder.windows.get(number)
+    if window is not None:
+        output = _sliding_attention(query[0], key[0], value[0], scaling, window, recorder.query_chunk, softcap, s_aux)
+        return output[None].transpose(1, 2).contiguous(), None
+    output, record, tails = recorded_attention(query[0], key[0], value[0], scaling, recorder, softcap, s_aux)
+    recorder.records[number] = record
+    if recorder.observe is not None:
+        recorder.observe(ObservedLayer(number, key[0], value[0], tails))
     return output[None].transpose(1, 2).contiguous(), None
 
 
 def recorded_attention(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, recorder: Recorder
-) -> tuple[Tensor, Tensor]:
-    """Causal attention and its record, from one softmax over each chunk of queries.
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    recorder: Recorder,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+    """Causal attention, its record and its tails, from one softmax over each chunk of queries.
 
     Parameters
     ----------
@@ -121,6 +178,8 @@ def recorded_attention(
         (kv_heads, tokens, head_dim), of the same dtype.
     recorder
         Only its sizes are read.
+    softcap, sinks
+        As in :func:`pipeline.attention.attention_weights`; sinks are (heads,).
 
     Returns
     -------
@@ -128,21 +187,53 @@ def recorded_attention(
         (heads, q, head_dim), query's dtype.
     record
         (kv_heads, tokens, blocks) float32, see :class:`Recorder`; each block is contiguous.
+    tails
+        As in :class:`ObservedLayer`.
     """
     heads, q_len, head_dim = query.shape
     kv_heads, tokens = key.shape[:2]
     groups, block_size = heads // kv_heads, recorder.block_size
     offset = tokens - q_len  # position of the first query
-    # Scaling the queries spares a pass over the logits, which are many more.
-    queries = (query * scaling).view(kv_heads, groups, q_len, head_dim)
-    output = torch.empty_like(queries)
-    record = torch.zeros(kv_heads, -(-tokens // block_size), tokens, dtype=torch.float32, device=query.device)
+    product = _product(key)
+    grouped = query.view(kv_heads, groups, q_len, head_dim)
+    columns = None if sinks is None else sinks.view(kv_heads, groups, 1, 1)
+    output = torch.empty_like(grouped)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    record = torch.zeros(kv_heads, -(-tokens // block_size), tokens, dtype=dtype, device=query.device)
+    tails = {
+        cut: torch.zeros(heads, min(recorder.tails.queries, cut), cut, dtype=dtype, device=query.device)
+        for cut in recorder.tails.cuts
+    }
     for start, stop in _chunks(offset, q_len, recorder.query_chunk):
-        weights = _weights(queries[:, :, start:stop], key[:, : offset + stop])
+        visible = offset + stop
+        weights = _weights(product(grouped[:, :, start:stop], visible, scaling), softcap, columns)
         rows = weights.to(value.dtype).flatten(1, 2)  # (kv_heads, groups * size, visible)
-        output[:, :, start:stop] = torch.bmm(rows, value[:, : offset + stop]).view(kv_heads, groups, -1, head_dim)
+        output[:, :, start:stop] = torch.bmm(rows, value[:, :visible]).view(kv_heads, groups, -1, head_dim)
         _add_up(record, weights.amax(dim=1), offset + start, block_size)
-    return output.view(heads, q_len, head_dim), record.transpose(1, 2)
+        for cut, tail in tails.items():
+            _keep_tail(tail, weights.flatten(0, 1), offset + start, cut)
+    return output.view(heads, q_len, head_dim), record.transpose(1, 2), tails
+
+
+def _product(key: Tensor) -> Callable[[Tensor, int, float], Tensor]:
+    """Scaled products of queries with the first keys, in float32 at least.
+
+    Called with (kv_heads, groups, size, head_dim), how many keys, and the scaling; returns (kv_heads, groups, size,
+    keys). Rounded to a lower precision, logits would be wrong by more than the weights of most tokens.
+    """
+    on_gpu = key.device.type == "cuda" and key.dtype in (torch.bfloat16, torch.float16)
+    exact = key if on_gpu else key.to(torch.promote_types(key.dtype, torch.float32))
+
+    def product(queries: Tensor, keys: int, scaling: float) -> Tensor:
+        transposed = exact[:, :keys].transpose(1, 2)
+        if on_gpu:
+            logits = torch.bmm(queries.flatten(1, 2), transposed, out_dtype=torch.float32).mul_(scaling)
+        else:
+            # Scaling the queries spares a pass over the logits, which are many more.
+            logits = torch.bmm((queries.to(exact.dtype) * scaling).flatten(1, 2), transposed)
+        return logits.view(*queries.shape[:3], keys)
+
+    return product
 
 
 def _chunks(offset: int, q_len: int, chunk: int) -> Iterator[tuple[int, int]]:
@@ -157,16 +248,35 @@ def _chunks(offset: int, q_len: int, chunk: int) -> Iterator[tuple[int, int]]:
         start = stop
 
 
-def _weights(queries: Tensor, keys: Tensor) -> Tensor:
-    """Attention of the last queries: (kv_heads, groups, size, head_dim), (kv_heads, visible, head_dim).
+def _weights(logits: Tensor, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Causal attention of the last queries, from their logits (kv_heads, groups, size, visible), which it overwrites.
 
-    Returns (kv_heads, groups, size, visible) float32.
+    ``sinks`` is (kv_heads, groups, 1, 1).
     """
-    size = queries.shape[2]
-    logits = torch.bmm(queries.flatten(1, 2), keys.transpose(1, 2)).view(*queries.shape[:3], -1)
-    hidden = torch.ones(size, size, dtype=torch.bool, device=queries.device).triu_(1)
-    logits[..., -size:].masked_fill_(hidden, float("-inf"))  # only a chunk's own tokens can lie after a query
-    return torch.softmax(logits, dim=-1, dtype=torch.float32)
+    size = logits.shape[2]
+    if softcap is None and sinks is None:
+        hidden = torch.ones(size, size, dtype=torch.bool, device=logits.device).triu_(1)
+        # Only a chunk's own tokens can lie after a query.
+        logits[..., -size:].masked_fill_(hidden, float("-inf"))
+        return torch.softmax(logits, dim=-1)
+    visible = logits.shape[-1]
+    hidden = torch.ones(size, visible, dtype=torch.bool, device=logits.device).triu_(visible - size + 1)
+    return attention_weights(logits, hidden, softcap, sinks)
+
+
+def _keep_tail(tail: Tensor, weights: Tensor, position: int, cut: int) -> None:
+    """Copy the rows that belong to a tail (heads, queries, cut).
+
+    Parameters
+    ----------
+    weights
+        (heads, size, visible), of the queries at ``position .. position + size - 1``.
+    """
+    first = cut - tail.shape[1]  # position of the tail's first query
+    low, high = max(position, first), min(position + weights.shape[1], cut)
+    if low < high:
+        seen = min(weights.shape[2], cut)
+        tail[:, low - first : high - first, :seen] = weights[:, low - position : high - position, :seen]
 
 
 def _add_up(record: Tensor, strongest: Tensor, position: int, block_size: int) -> None:
@@ -185,45 +295,56 @@ def _add_up(record: Tensor, strongest: Tensor, position: int, block_size: int) -
         record[:, block, :visible] += strongest[:, first:last].sum(dim=1)
 
 
-def _sliding_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int, chunk: int) -> Tensor:
-    q_len, tokens = query.shape[2], key.shape[2]
+def _sliding_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    window: int,
+    chunk: int,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention over the last ``window`` tokens: shapes as in :func:`recorded_attention`."""
+    (heads, q_len), (kv_heads, tokens) = query.shape[:2], key.shape[:2]
     offset = tokens - q_len  # position of the first query
+    grouped = query.view(kv_heads, heads // kv_heads, *query.shape[1:])
+    columns = None if sinks is None else sinks.view(kv_heads, -1, 1, 1)
     outputs = []
     for start in range(0, q_len, chunk):
         stop = min(start + chunk, q_len)
         first, last = max(offset + start - window + 1, 0), offset + stop  # tokens that any of these queries sees
         position = torch.arange(offset + start, last, device=query.device)[:, None]
         token = torch.arange(first, last, device=query.device)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, start:stop],
-                key[:, :, first:last],
-                value[:, :, first:last],
-                attn_mask=(token <= position) & (token > position - window),
-                scale=scaling,
-                enable_gqa=True,
+        visible = (token <= position) & (token > position - window)
+        keys, values, queries = key[:, first:last], value[:, first:last], grouped[:, :, start:stop]
+        if softcap is None and sinks is None:
+            outputs.append(
+                F.scaled_dot_product_attention(
+                    query[None, :, start:stop],
+                    keys[None],
+                    values[None],
+                    attn_mask=visible,
+                    scale=scaling,
+                    enable_gqa=True,
+                )[0]
             )
-        )
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
-
-
-AttentionInterface.register(ATTENTION_NAME, capture_attention)
-
-
-@contextmanager
-def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
-    """Run ``model`` with a registered attention function, and go back to its own afterwards."""
-    previous = model.config._attn_implementation
-    model.set_attn_implementation(name)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(previous)
+            continue
+        logits = _product(keys)(queries, last - first, scaling)
+        rows = attention_weights(logits, ~visible, softcap, columns).to(values.dtype).flatten(1, 2)
+        outputs.append(torch.bmm(rows, values).view(heads, stop - start, -1))
+    return torch.cat(outputs, dim=1)
 
 
 @torch.inference_mode()
 def run_captured(
-    model: PreTrainedModel, input_ids: Tensor, cache: DynamicCache, block_size: int, query_chunk: int
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    cache: DynamicCache,
+    block_size: int,
+    query_chunk: int,
+    tails: Tails | None = None,
+    observe: Callable[[RankedLayer, ObservedLayer], None] | None = None,
 ) -> list[Tensor]:
     """Append ``input_ids`` to ``cache`` and return the record of the new queries.
 
@@ -233,17 +354,37 @@ def run_captured(
         (q,) int64 token ids that follow what the cache holds.
     cache
         A ``DynamicCache()`` that was given no config: sliding layers keep every token in it, like the others.
+    tails
+        Whose attention weights ``observe`` wants to see; the queries must be among the new ones.
+    observe
+        Called with each ranked layer as soon as its attention is computed.
 
     Returns
     -------
-    One (kv_heads, tokens, blocks) float32 tensor per layer of :func:`pipeline.layers.full_attention_layers`,
+    One (kv_heads, tokens, blocks) float32 tensor per layer of :attr:`pipeline.layout.CacheLayout.ranked`,
     ``tokens`` counting the cache after the call.
+
+    Raises
+    ------
+    PipelineError
+        The model's cache cannot be ranked (:func:`pipeline.layout.cache_layout`), or a key, a value, an attention
+        weight or a logit is not finite.
     """
-    recorder = Recorder(block_size, query_chunk)
-    with attention_implementation(model, ATTENTION_NAME):
-        body = model.base_model
-        body(input_ids=input_ids[None].to(model.device), past_key_values=cache, use_cache=True, recorder=recorder)
-    return [recorder.records[layer] for layer in full_attention_layers(model.config)]
+    layout = cache_layout(model)
+
+    def finished(layer: ObservedLayer) -> None:
+        for what, states in (("key", layer.keys), ("value", layer.values)):
+            require_finite(model, states, f"a {what} of layer {layer.number}")
+        if observe is not None:
+            observe(RankedLayer(layout.ranked.index(layer.number)), layer)
+
+    recorder = Recorder(block_size, query_chunk, layout.windows, tails or Tails(), finished)
+    with attention_function(model, partial(capture_attention, recorder=recorder)):
+        run_model(model, input_ids[None], cache, cache.get_seq_length(), keep=1)
+    records = [recorder.records[layer] for layer in layout.ranked]
+    for layer, record in zip(layout.ranked, records, strict=True):
+        require_finite(model, record, f"an attention weight of layer {layer}")
+    return records
 
 
 def capture_sequence(model: PreTrainedModel, input_ids: Tensor, block_size: int, query_chunk: int) -> list[LayerTrace]:
@@ -251,7 +392,7 @@ def capture_sequence(model: PreTrainedModel, input_ids: Tensor, block_size: int,
     cache = DynamicCache()
     records = run_captured(model, input_ids, cache, block_size, query_chunk)
     traces = []
-    for number, record in zip(full_attention_layers(model.config), records, strict=True):
+    for number, record in zip(cache_layout(model).ranked, records, strict=True):
         layer = cache.layers[number]
         assert layer.keys is not None
         assert layer.values is not None

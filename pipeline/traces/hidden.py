@@ -27,7 +27,9 @@ from transformers import PreTrainedModel
 
 from pipeline.corpora.samples import Sample
 from pipeline.errors import PipelineError
-from pipeline.layers import full_attention_layers
+from pipeline.forward import run_model
+from pipeline.layers import ModelLayer
+from pipeline.layout import cache_layout
 from pipeline.traces.shards import MANIFEST, TraceReader, as_float16, remove_unfinished, shard_name
 from pipeline.workdir import atomic_write, hash_file, write_json
 
@@ -47,8 +49,8 @@ def record_hidden_states(model: PreTrainedModel, layers: Sequence[int]) -> Itera
         (entering,) = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]  # (1, n, hidden_size)
         states[module.layer_idx] = entering
 
-    body: Any = model.base_model
-    handles = [body.layers[layer].self_attn.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+    modules = cache_layout(model).modules
+    handles = [modules[ModelLayer(layer)].register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
     try:
         yield states
     finally:
@@ -82,15 +84,14 @@ def build_hidden_states(
         The model lacks one of the layers, or it slides over a window; a state does not fit float16; the disk is
         full.
     """
-    if absent := sorted(set(layers) - set(full_attention_layers(model.config))):
+    if absent := sorted(set(layers) - set(cache_layout(model).ranked)):
         raise PipelineError(f"sensitivity.layers names {absent[0]}, which is no layer that sees the whole context.")
-    width = model.config.hidden_size
+    width = model.config.get_text_config(decoder=True).hidden_size
     with record_hidden_states(model, layers) as states:
 
         def run(samples: Sequence[Sample], first: int) -> Iterator[tuple[int, str, dict[int, Tensor]]]:
-            body: Any = model.base_model
             for index, sample in enumerate(samples, start=first):
-                body(input_ids=torch.tensor(sample.input_ids)[None].to(model.device), use_cache=False)
+                run_model(model, torch.tensor(sample.input_ids)[None], None, 0, 1)
                 yield index, sample.sample_id, states
                 advance(1)
 

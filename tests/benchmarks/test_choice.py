@@ -41,3 +41,23 @@ def test_what_is_no_choice_is_refused() -> None:
         choice_outcome([1.0], ["a"], "nll", 0)
     with pytest.raises(PipelineError, match="right choice None"):
         choice_outcome([1.0], ["a"], "accuracy", None)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("metric", ["accuracy", "accuracy_norm"])
+def test_nothing_is_counted_from_likelihoods_that_are_none(bad: float, metric: str) -> None:
+    for place in range(3):
+        nll = [1.0, 2.0, 3.0]
+        nll[place] = bad
+        with pytest.raises(PipelineError, match=r"likelihoods .* are not finite; the model overflows in its dtype"):
+            choice_outcome(nll, ["a", "b", "c"], metric, 0)
+    with pytest.raises(PipelineError, match="not finite"):
+        choice_outcome([bad] * 3, ["a", "b", "c"], metric, 0)
+
+
+@pytest.mark.parametrize(
+    ("nll", "gold"), [([1.0], 0), ([1.0, 2.0, 3.0], 0), ([], 0), ([1.0, 2.0], 2), ([1.0, 2.0], -1)]
+)
+def test_likelihoods_that_are_not_the_choices_are_refused(nll: list[float], gold: int) -> None:
+    with pytest.raises(PipelineError, match=f"2 choices have {len(nll)} likelihoods, choice {gold} is right"):
+        choice_outcome(nll, ["a", "b"], "accuracy", gold)

@@ -80,6 +80,51 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
         read_samples(path)
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("input_ids", [1, None, 3], "row 1 has no value in its column input_ids"),
+        ("input_ids", None, "row 1 has no value in its column input_ids"),
+        ("input_ids", [1, -2, 3], "sample b has a negative token id"),
+        ("choices", [[1], [-1]], "sample b has a negative token id"),
+        ("choices", [[1], None], "row 1 has no value in its column choices"),
+        ("prompt_len", None, "row 1 has no value in its column prompt_len"),
+        ("prompt_len", 0, "sample b has no tokens after its prompt"),
+        ("prompt_len", 3, "sample b has no tokens after its prompt"),
+        ("question_start", 3, "question of sample b starts outside its prompt"),
+        ("answers", ["x", None], "row 1 has no value in its column answers"),
+        ("gold", -1, "sample b names choice -1 as right"),
+        ("sample_id", "a", "share a sample_id"),
+        ("sample_id", None, "row 1 has no value in its column sample_id"),
+        ("split", "dev", r"sample b is of no split \(dev\)"),
+        ("meta", "{", "sample b has a meta that is no JSON object"),
+        ("meta", "[]", "sample b has a meta that is no JSON object"),
+        ("metric", None, "row 1 has no value in its column metric"),
+    ],
+)
+def test_samples_edited_by_hand_are_refused(tmp_path: Path, column: str, value: object, message: str) -> None:
+    path = tmp_path / "test.parquet"
+    write_samples(path, [SAMPLE, replace(SAMPLE, sample_id="b")])
+    rows = pq.read_table(path).to_pylist()
+    rows[1][column] = value
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), path)
+    with pytest.raises(PipelineError, match=message) as caught:
+        read_samples(path)
+    assert str(caught.value).startswith(str(path))
+
+
+@pytest.mark.parametrize(
+    ("column", "kind"),
+    [("input_ids", pa.list_(pa.int64())), ("prompt_len", pa.float64()), ("gold", pa.string()), ("meta", pa.int32())],
+)
+def test_samples_of_another_version_are_refused(tmp_path: Path, column: str, kind: pa.DataType) -> None:
+    schema = SCHEMA.set(SCHEMA.get_field_index(column), pa.field(column, kind))
+    path = tmp_path / "test.parquet"
+    pq.write_table(pa.Table.from_pylist([], schema), path)
+    with pytest.raises(PipelineError, match=f"its column {column} is .*, not .*; run the samples stage again"):
+        read_samples(path)
+
+
 def stage(directory: Path, corpus: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "stages.samples", "--model", "smollm2-135m", "--corpus", corpus]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}

@@ -92,7 +92,7 @@ def test_the_stage_ranks_every_token_by_every_policy_in_every_head(directory: Pa
             elif trained_on is not None:
                 with torch.no_grad():
                     how = policy.removeprefix("kvp-")
-                    scores = make_policy(how, trained_on)(caches[layer].keys[0], caches[layer].values[0], layer=layer)
+                    scores = make_policy(how, trained_on)(caches[layer].keys, caches[layer].values, layer=layer)
             else:
                 scores = BASELINES[policy](caches[layer])
             ordered = scores.gather(-1, ranking)

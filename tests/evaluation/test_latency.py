@@ -1,11 +1,14 @@
 """What is timed is the real work; how long it takes is no test's business."""
 
+from dataclasses import replace
+
 import polars as pl
 import torch
 
 from pipeline.evaluation import latency
 from pipeline.params import AgentParams
 from pipeline.policy.agents import Policy, PolicyShape
+from pipeline.policy.ranking import rank
 from tests.conftest import MakeModel
 
 SHAPE = PolicyShape(3, 2, 16, AgentParams(hidden_width=8, hidden_layers=1, position_features=("age",)))
@@ -31,10 +34,24 @@ def test_the_work_that_is_timed_is_done(make_model: MakeModel) -> None:
     with torch.inference_mode():
         cache = latency._prefill(model, tokens)
         assert cache.get_seq_length() == 40
-        states = [(layer.keys[0], layer.values[0]) for layer in cache.layers]
-        rankings = latency._rank_layers(policy, states, 3)
+        states = latency.ranked_states(model, cache)
+        rankings = latency._rank_layers(policy, states)
         latency._decode(model, tokens[:, -1:], cache)
     assert cache.get_seq_length() == 41
     assert len(rankings) == 3
     for ranking in rankings:
         assert torch.equal(ranking.sort(-1).values, torch.arange(40).expand(2, 40))
+
+
+def test_layers_that_slide_over_a_window_are_not_ranked(make_model: MakeModel) -> None:
+    model = make_model("gemma3")  # layers 1 and 3 of 4 see the whole context
+    policy = Policy(replace(SHAPE, layers=2), torch.Generator().manual_seed(0))
+    tokens = torch.arange(64)[None] % 128
+    with torch.inference_mode():
+        cache = latency._prefill(model, tokens)
+        assert [layer.keys.shape[2] for layer in cache.layers] == [23, 64, 23, 64]
+        rankings = latency._rank_layers(policy, latency.ranked_states(model, cache))
+        for index, number in enumerate((1, 3)):
+            keys, values = cache.layers[number].keys[0], cache.layers[number].values[0]
+            assert torch.equal(rankings[index], rank(policy(keys, values, layer=index)))
+    assert latency.measure_latency(model, policy, (64,), 1)["length"].to_list() == [64] * 4

@@ -130,7 +130,7 @@ def test_policies_and_baselines_are_scored_as_after_a_plain_prefill(family: str,
                     torch.testing.assert_close(found, score(cache), rtol=1e-3, atol=1e-4)
             for key, policy in sweep.policies.items():
                 with torch.no_grad():
-                    expected = policy(cache.keys[0], cache.values[0], layer=layer)
+                    expected = policy(cache.keys, cache.values, layer=layer)
                 torch.testing.assert_close(prefill.scores[size][key][layer], expected, rtol=1e-3, atol=1e-4)
 
 

@@ -1,32 +1,29 @@
 """What the tests of eviction share: a prefill seen from its attention layers, and kvpress's view of one."""
 
-from typing import Any
-
 import torch
 from kvpress import BasePress
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pipeline.eviction.baselines import LayerCache
+from pipeline.attention import attention_implementation
+from pipeline.eviction.baselines import OBSERVED_QUERIES, LayerCache
+from pipeline.layers import ModelLayer
 
 # Long enough for two lags of LagKV (4 sinks + 2 x 128); no token twice in a row.
 PROMPT = torch.arange(300) * 37 % 125 + 3
 
 
 def layer_caches(model: PreTrainedModel, tokens: Tensor, seed: int = 0) -> list[LayerCache]:
-    """Prefill ``tokens`` and return every layer as the sweep's hook sees it."""
-    found: list[LayerCache] = []
-
-    def hook(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        stored = kwargs["past_key_values"].layers[module.layer_idx]
-        found.append(LayerCache(module, kwargs["hidden_states"], stored.keys, stored.values, kwargs, seed))
-
-    handles = [layer.self_attn.register_forward_hook(hook, with_kwargs=True) for layer in model.base_model.layers]
+    """Prefill ``tokens`` and return every layer as the sweep sees it, with transformers' own eager attention."""
+    cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(tokens[None], past_key_values=DynamicCache(config=model.config))
-    for handle in handles:
-        handle.remove()
-    return found
+        model(tokens[None], past_key_values=cache)
+        with attention_implementation(model, "eager"):
+            attentions = model(tokens[None], output_attentions=True).attentions
+    return [
+        LayerCache(ModelLayer(number), layer.keys[0], layer.values[0], weights[0, :, -OBSERVED_QUERIES:].float(), seed)
+        for number, (layer, weights) in enumerate(zip(cache.layers, attentions, strict=True))
+    ]
 
 
 def compressed(model: PreTrainedModel, tokens: Tensor, press: BasePress) -> DynamicCache:

@@ -1,17 +1,21 @@
 """The baselines against kvpress itself: the tokens its own hooks keep, and the text it goes on to write."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
 from kvpress import KeyDiffPress, KnormPress, LagKVPress, ScorerPress, SnapKVPress, StreamingLLMPress, TOVAPress
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.evaluation.decode import EvictedCache, greedy_decode
-from pipeline.eviction.baselines import BASELINES
+from pipeline.eviction.baselines import BASELINES, OBSERVED_QUERIES, LayerCache
 from pipeline.eviction.budget import gather_tokens, kept_tokens, protected_ranking
+from pipeline.layers import ModelLayer, RankedLayer
+from pipeline.traces.capture import ObservedLayer, Tails, run_captured
 from tests.conftest import MakeModel
 from tests.eviction.prefills import PROMPT, compressed, layer_caches, token_indices
 
@@ -63,7 +67,7 @@ def test_the_kept_tokens_are_those_of_kvpress(name: str, ratio: float, family: s
     assert budget < len(PROMPT) - 1
     layers = layer_caches(model, PROMPT[:-1])
     for theirs, whole, ours in zip(cache.layers, layers, our_tokens(model, name, budget), strict=True):
-        kept = token_indices(theirs.keys[0], whole.keys[0])
+        kept = token_indices(theirs.keys[0], whole.keys)
         scores = BASELINES[name](whole)
         if name not in MAY_TIE:
             assert torch.equal(kept, ours)
@@ -82,8 +86,8 @@ def test_our_decoding_writes_what_kvpress_writes(name: str, ratio: float, make_m
     layers = layer_caches(model, PROMPT[:-1])
     ours = EvictedCache(reserve=16)
     ours.add_group(
-        [gather_tokens(layer.keys[0], kept[None]) for layer, kept in zip(layers, tokens, strict=True)],
-        [gather_tokens(layer.values[0], kept[None]) for layer, kept in zip(layers, tokens, strict=True)],
+        [gather_tokens(layer.keys, kept[None]) for layer, kept in zip(layers, tokens, strict=True)],
+        [gather_tokens(layer.values, kept[None]) for layer, kept in zip(layers, tokens, strict=True)],
     )
     (written,) = greedy_decode(model, ours, [int(PROMPT[-1])], len(PROMPT) - 1, 16, lambda _: False)
     assert written == continue_compressed(model, theirs, 16)
@@ -116,12 +120,22 @@ def test_streaming_keeps_sinks_and_the_most_recent(make_model: MakeModel) -> Non
     assert kept.tolist() == [[0, 1, 2, 3, 54, 55, 56, 57, 58, 59]] * 2
 
 
+def captured(model: PreTrainedModel, tokens: Tensor, size: int) -> list[LayerCache]:
+    """The first ``size`` of ``tokens`` as a capture of all of them shows them."""
+    found: list[LayerCache] = []
+
+    def observe(index: RankedLayer, layer: ObservedLayer) -> None:
+        found.append(LayerCache(layer.number, layer.keys[:, :size], layer.values[:, :size], layer.tails[size], 0))
+
+    run_captured(model, tokens, DynamicCache(), 16, 32, Tails((size,), OBSERVED_QUERIES), observe)
+    return found
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_prefix_scores_as_a_fresh_prefill(name: str, family: str, make_model: MakeModel) -> None:
     model, size = make_model(family), 270
-    for whole, fresh in zip(layer_caches(model, PROMPT), layer_caches(model, PROMPT[:size]), strict=True):
-        view = whole.prefix(size)
+    for view, fresh in zip(captured(model, PROMPT, size), layer_caches(model, PROMPT[:size]), strict=True):
         torch.testing.assert_close(view.keys, fresh.keys, rtol=1e-3, atol=1e-3)
         scores, expected = BASELINES[name](view), BASELINES[name](fresh)
         assert scores.shape == (2, size)
@@ -131,6 +145,36 @@ def test_a_prefix_scores_as_a_fresh_prefill(name: str, family: str, make_model: 
             assert (scores - expected).abs().max() <= 2 / 128
         else:
             torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("constant", ["keys", "values", "one channel", "everything"])
+def test_lagkv_scores_channels_that_never_change(constant: str, make_model: MakeModel) -> None:
+    (layer, *_) = layer_caches(make_model("llama"), PROMPT)
+    keys, values = layer.keys.clone(), layer.values.clone()
+    if constant in ("keys", "everything"):
+        keys[:] = keys[:, :1]
+    if constant in ("values", "everything"):
+        values[:] = 0.0
+    if constant == "one channel":
+        keys[..., 3] = 2.0
+    scores = BASELINES["lagkv"](dataclasses.replace(layer, keys=keys, values=values))
+    assert torch.isfinite(scores).all()
+    if constant != "everything":
+        assert len(scores[:, 4:132].unique()) == 128  # the others still tell the tokens of a lag apart
+
+
+def test_bfloat16_does_not_tie_what_the_cache_tells_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(2, 4096, 64, generator=generator).bfloat16() for _ in range(2))
+    cache = LayerCache(ModelLayer(0), keys, values, torch.zeros(2, 1, 4096), 0)
+    for name in ("keydiff", "knorm", "random"):
+        scores = BASELINES[name](cache)
+        assert all(len(head.unique()) > 4000 for head in scores), name
+        # The reference sees the same rounded keys, in float64.
+        if name == "keydiff":
+            exact = keys.double()
+            anchor = F.normalize(exact, dim=-1).mean(1, keepdim=True)
+            torch.testing.assert_close(scores.double(), -F.cosine_similarity(exact, anchor, dim=-1), rtol=0, atol=1e-6)
 
 
 def test_scores_are_float32_in_a_bfloat16_model(make_model: MakeModel) -> None:

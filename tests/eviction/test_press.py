@@ -9,6 +9,7 @@ from pipeline.errors import PipelineError
 from pipeline.eviction.budget import kept_tokens, protected_ranking
 from pipeline.eviction.press import KVPPress
 from pipeline.layers import full_attention_layers
+from pipeline.layout import cache_layout
 from pipeline.models import head_shape
 from pipeline.params import AgentParams
 from pipeline.policy.agents import Policy, PolicyShape, save_policy
@@ -38,9 +39,9 @@ def test_the_press_keeps_what_the_policy_ranks_first(
     for index, number in enumerate(full_attention_layers(model.config)):
         theirs, layer = cache.layers[number], caches[number]
         with torch.no_grad():
-            scores = press.policy(layer.keys[0], layer.values[0], layer=index)
+            scores = press.policy(layer.keys, layer.values, layer=index)
         ours = kept_tokens(protected_ranking(scores, *protected), theirs.keys.shape[2])
-        kept = token_indices(theirs.keys[0], layer.keys[0])
+        kept = token_indices(theirs.keys[0], layer.keys)
         assert torch.equal(kept, ours)
         heads |= {tuple(head) for head in kept.tolist()}
     assert len(heads) == layers * kv_heads  # every head keeps its own tokens
@@ -53,8 +54,8 @@ def test_layers_that_slide_over_a_window_keep_it(make_model: MakeModel, tmp_path
     tokens = {number: layer.keys.shape[2] for number, layer in enumerate(cache.layers)}
     assert tokens == {0: 23, 1: 75, 2: 23, 3: 75}
     for number in (0, 2):
-        torch.testing.assert_close(cache.layers[number].keys, plain[number].keys)
-        torch.testing.assert_close(cache.layers[number].values, plain[number].values)
+        torch.testing.assert_close(cache.layers[number].keys, plain[number].keys[None])
+        torch.testing.assert_close(cache.layers[number].values, plain[number].values[None])
 
 
 def test_a_policy_of_hidden_states_is_refused(tmp_path: Path) -> None:
@@ -69,18 +70,17 @@ def test_the_first_4_and_last_16_are_kept_by_default(make_model: MakeModel, tmp_
     cache = compressed(model, PROMPT, KVPPress(0.9, saved(tmp_path)))
     protected = {*range(4), *range(len(PROMPT) - 16, len(PROMPT))}
     for theirs, layer in zip(cache.layers, layer_caches(model, PROMPT), strict=True):
-        for kept in token_indices(theirs.keys[0], layer.keys[0]).tolist():
+        for kept in token_indices(theirs.keys[0], layer.keys).tolist():
             assert protected < set(kept)
 
 
 def test_every_sequence_of_a_batch_is_ranked_by_itself(make_model: MakeModel, tmp_path: Path) -> None:
-    press = KVPPress(0.5, saved(tmp_path))
-    layer = layer_caches(make_model("llama"), PROMPT)[1]
-    flipped = layer.keys.flip(1)
-    both = press.score(
-        layer.module, layer.hidden_states, torch.cat([layer.keys, flipped]), torch.cat([layer.values] * 2), None, {}
-    )
-    alone = press.score(layer.module, layer.hidden_states, flipped, layer.values, None, {})
+    press, model = KVPPress(0.5, saved(tmp_path)), make_model("llama")
+    press.post_init_from_model(model)
+    layer, module = layer_caches(model, PROMPT)[1], cache_layout(model).modules[1]
+    keys, values = layer.keys[None], layer.values[None]
+    both = press.score(module, None, torch.cat([keys, keys.flip(1)]), torch.cat([values] * 2), None, {})
+    alone = press.score(module, None, keys.flip(1), values, None, {})
     assert both.shape == (2, 2, len(PROMPT))
     torch.testing.assert_close(both[1], alone[0])
 

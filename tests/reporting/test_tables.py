@@ -143,3 +143,33 @@ def test_missing_files_and_columns_are_sentences(finished: Finished, tmp_path: P
     (tmp_path / "torn.parquet").write_bytes(b"PAR1")
     with pytest.raises(PipelineError, match="cannot be read"):
         tables.read_table(tmp_path / "torn.parquet", ["model"])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None, "0.5"])
+@pytest.mark.parametrize(
+    ("columns", "name", "where"),
+    [
+        (tables.EVALUATION_COLUMNS, "value", "policy p1, trained_on t, budget 1, benchmark 1, sample_id s1"),
+        (tables.EVALUATION_COLUMNS, "n_tokens", "policy p1"),
+        (tables.COST_COLUMNS, "cost", "policy p1, trained_on t, corpus 1, sample_id s1"),
+        (tables.COST_COLUMNS, "optimal_cost", "policy p1"),
+        (tables.CURVE_COLUMNS, "value", "metric 1, step 1, layer 1, kv_head 1"),
+    ],
+)
+def test_what_is_no_number_is_named_and_not_averaged(
+    columns: tuple[str, ...], name: str, where: str, bad: float | str | None, tmp_path: Path
+) -> None:
+    def write(value: float | str | None) -> Path:
+        rows = [
+            dict.fromkeys(columns, 1) | {"policy": f"p{i}", "sample_id": f"s{i}", "trained_on": "t"} for i in range(3)
+        ]
+        frame = pl.DataFrame([{column: row[column] for column in columns} for row in rows])
+        values = [0.5, value, 0.5] if not isinstance(value, str) else ["0.5", value, "0.5"]
+        frame.with_columns(pl.Series(name, values)).write_parquet(tmp_path / "table.parquet")
+        return tmp_path / "table.parquet"
+
+    assert tables.read_table(write(0.5), columns).height == 3
+    message = f"its column {name} is String" if isinstance(bad, str) else f"{name} is not finite but {bad} for {where}"
+    with pytest.raises(PipelineError, match=message) as caught:
+        tables.read_table(write(bad), columns)
+    assert str(caught.value).startswith(str(tmp_path / "table.parquet"))

@@ -1,0 +1,339 @@
+"""The paths that run on a GPU, against the CPU and against float64.
+
+Each check runs twice: on the CPU, and on a GPU where there is one. Rounding differs between them, so where a result
+is not exact the rule is that of two: the device's error, against float64 on the CPU, may be twice that of the same
+work in the same precision as it is commonly done, and a few units of rounding besides.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from pipeline.corpora.samples import Sample
+from pipeline.evaluation.latency import measure_latency
+from pipeline.evaluation.results import cost_table
+from pipeline.evaluation.sweep import FULL, Outcome, PolicyKey, Sweep
+from pipeline.eviction.budget import gather_tokens, kept_tokens, protected_ranking
+from pipeline.layers import full_attention_layers
+from pipeline.models import head_shape
+from pipeline.params import AgentParams, EvaluationParams, TracesParams, TrainParams
+from pipeline.policy import agents, train
+from pipeline.policy.agents import Policy, PolicyShape
+from pipeline.policy.train import CURVES_FILE, describe, train_policy
+from pipeline.traces.capture import LayerTrace, capture_sequence
+from pipeline.traces.shards import TraceReader, TraceShape, write_manifest, write_shard
+from tests.conftest import MakeModel
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU here")],
+    ),
+]
+on_devices = pytest.mark.parametrize("device", DEVICES)
+ESTIMATORS: tuple[train.Estimator, ...] = ("exact", "rloo", "softrank")
+
+SHAPE = TraceShape("tiny", "corpus", layers=2, kv_heads=2, head_dim=8, block_size=16)
+PARAMS = TrainParams(
+    agent=AgentParams(hidden_width=16, hidden_layers=2, position_features=("position", "age")),
+    steps=8,
+    learning_rate=1e-2,
+    final_learning_rate=1e-3,
+    warmup_steps=2,
+    warmup_factor=0.1,
+    gradient_clip=5.0,
+    weight_decay=0.01,
+    rloo_samples=8,
+    validate_every=4,
+    checkpoint_every=3,
+    seed=3,
+)
+TOKENS = 150
+IDS = torch.arange(TOKENS + 8) * 37 % 125 + 3
+
+
+def error(found: Tensor, reference: Tensor) -> float:
+    """Norm of the difference over the norm of the reference."""
+    expected = reference.double().cpu()
+    return float((found.double().cpu() - expected).norm() / expected.norm())
+
+
+def assert_no_worse(found: Tensor, common: Tensor, reference: Tensor, rounding: float = 5e-7) -> None:
+    """The rule of two: ``found`` from the device, ``common`` what it is measured by, ``reference`` in float64."""
+    ours, theirs = error(found, reference), error(common, reference)
+    assert ours <= 2 * theirs + rounding, f"error {ours:.2e}, against {theirs:.2e}"
+
+
+def random_states(heads: int, tokens: int, dtype: torch.dtype = torch.float16) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    first, second = (torch.randn(heads, tokens, SHAPE.head_dim, generator=generator) for _ in range(2))
+    return first.to(dtype), second.to(dtype)
+
+
+def make_policy() -> Policy:
+    policy = Policy(PolicyShape(2, 2, SHAPE.head_dim, PARAMS.agent), torch.Generator().manual_seed(0))
+    policy.mean.fill_(0.1)
+    policy.std.fill_(1.3)
+    return policy
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_policy_scores_the_same_cache_alike_in_blocks_and_by_layer(
+    device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy()
+    states = random_states(4, 200, dtype)
+    on_device = [part.to(device) for part in states]
+    with torch.no_grad():
+        reference, common = copy.deepcopy(policy).double()(*states), policy(*states)
+        policy = policy.to(device)
+        whole = policy(*on_device)
+        by_layer = torch.cat([policy(*(part[2 * i : 2 * i + 2] for part in on_device), layer=i) for i in range(2)])
+        monkeypatch.setattr(agents, "UNITS_PER_BLOCK", {"cpu": 1 << 10, "cuda": 1 << 10})
+        in_blocks = policy(*on_device)
+    for found in (whole, by_layer, in_blocks):
+        assert found.device.type == device
+        assert found.dtype == torch.float32
+        assert_no_worse(found, common, reference)
+
+
+@on_devices
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_gradients_of_a_step(device: str, estimator: train.Estimator) -> None:
+    keys, values = random_states(4, 96)
+    importance = torch.rand(4, 96, generator=torch.Generator().manual_seed(1)) ** 4
+
+    def gradients(policy: Policy, to: str, dtype: torch.dtype) -> Tensor:
+        uniform = train.draw_uniform(estimator, PARAMS, 2, 4, 96).to(to)
+        loss_of = train.loss_function(estimator, importance.to(to, dtype), uniform)
+        train.compute_gradients(policy, keys.to(to), values.to(to), loss_of)
+        train.clip_gradients(policy, PARAMS.gradient_clip)
+        return torch.cat([parameter.grad.flatten().cpu() for parameter in policy.parameters()])
+
+    found = gradients(make_policy().to(device), device, torch.float32)
+    common = gradients(make_policy(), "cpu", torch.float32)
+    assert_no_worse(found, common, gradients(make_policy().double(), "cpu", torch.float64), rounding=2e-6)
+
+
+@pytest.fixture
+def traces(tmp_path: Path) -> Path:
+    """Traces whose importance is a function of the first key channel."""
+    root = tmp_path / "traces"
+
+    def sequence(tokens: int) -> list[LayerTrace]:
+        layers = []
+        for layer in range(SHAPE.layers):
+            keys, values = random_states(SHAPE.kv_heads, tokens + layer, torch.float32)
+            record = torch.exp(keys[:, :tokens, :1]).expand(-1, -1, -(-tokens // SHAPE.block_size))
+            layers.append(LayerTrace(keys[:, :tokens], values[:, :tokens], record))
+        return layers
+
+    write_shard(root, "train", 0, SHAPE, [(index, f"t{index}", sequence(100 + index)) for index in range(4)])
+    write_shard(root, "validation", 0, SHAPE, [(index, f"v{index}", sequence(90 + index)) for index in range(2)])
+    write_manifest(root, SHAPE, {"train": 1, "validation": 1})
+    return root
+
+
+def run_training(traces: Path, work: Path, estimator: train.Estimator, device: str, stop_after: int = 0) -> Tensor:
+    """All weights of the trained policy, flat; ``stop_after`` interrupts after so many steps, as Ctrl-C does."""
+    work.mkdir(exist_ok=True)
+    reader, validation = (TraceReader(traces, split, 1 << 20) for split in ("train", "validation"))
+    calls = 0
+
+    def advance(count: int, status: str) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == stop_after + 1 and stop_after:  # the first call reports the steps found done
+            raise KeyboardInterrupt
+
+    config = describe(PARAMS, reader, estimator)
+    train_policy(work, reader, validation, estimator, PARAMS, config, device, advance)
+    weights = load_file(work / agents.WEIGHTS_FILE)
+    return torch.cat([weights[name].flatten().double() for name in sorted(weights) if name not in ("mean", "std")])
+
+
+def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make training compute in float64, from the same initial weights."""
+    make, importance_of = train.Policy, train.future_importance
+    monkeypatch.setattr(train, "Policy", lambda *arguments: make(*arguments).double())
+    monkeypatch.setattr(train, "future_importance", lambda *arguments: importance_of(*arguments).double())
+
+
+@on_devices
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_training_gives_what_the_cpu_gives(
+    device: str, estimator: train.Estimator, traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run_training(traces, tmp_path / "found", estimator, device)
+    common = run_training(traces, tmp_path / "common", estimator, "cpu")
+    with monkeypatch.context() as patched:
+        in_float64(patched)
+        reference = run_training(traces, tmp_path / "reference", estimator, "cpu")
+    # Steps of AdamW have the size of the learning rate whatever the gradient's: rounding grows with every one.
+    assert_no_worse(found, common, reference, rounding=2e-5)
+    costs = [
+        pl.read_parquet(tmp_path / name / CURVES_FILE).filter(pl.col("metric") == "validation_cost")["value"]
+        for name in ("found", "reference")
+    ]
+    assert costs[0].to_list() == pytest.approx(costs[1].to_list(), rel=1e-4)
+
+
+@on_devices
+@pytest.mark.parametrize("estimator", ["exact", "rloo"])
+def test_an_interrupted_training_resumes_on_the_device(
+    device: str, estimator: train.Estimator, traces: Path, tmp_path: Path
+) -> None:
+    whole = run_training(traces, tmp_path / "whole", estimator, device)
+    with pytest.raises(KeyboardInterrupt):
+        run_training(traces, tmp_path / "resumed", estimator, device, stop_after=5)
+    assert (tmp_path / "resumed" / train.CHECKPOINT_FILE).exists()
+    resumed = run_training(traces, tmp_path / "resumed", estimator, device)
+    if device == "cpu":
+        assert torch.equal(resumed, whole)
+    else:  # sums that meet at a node of the grid are added in any order
+        assert error(resumed, whole) < 2e-5
+
+
+def eager(model: PreTrainedModel, device: str) -> list[LayerTrace]:
+    """The traces from transformers' own eager attention, which returns all its weights."""
+    model.to(device)  # type: ignore[arg-type]  # stubs expect the module's own overload
+    model.set_attn_implementation("eager")
+    cache = DynamicCache()
+    with torch.inference_mode():
+        attentions = model(IDS[None].to(device), past_key_values=cache, output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    kv_heads, traces = model.config.num_key_value_heads, []
+    for number in full_attention_layers(model.config):
+        strongest = attentions[number][0].unflatten(0, (kv_heads, -1)).amax(1)  # (kv_heads, queries, tokens)
+        blocks = [part.sum(1, dtype=torch.float64) for part in strongest.split(SHAPE.block_size, dim=1)]
+        layer = cache.layers[number]
+        traces.append(LayerTrace(layer.keys[0], layer.values[0], torch.stack(blocks, dim=-1)))
+    return traces
+
+
+@on_devices
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+def test_capture_in_bfloat16_is_as_good_as_eager_attention(
+    device: str, family: str, make_model: MakeModel, tmp_path: Path
+) -> None:
+    model = copy.deepcopy(make_model(family)).bfloat16()
+    reference = eager(copy.deepcopy(model).double(), "cpu")
+    common = eager(copy.deepcopy(model), device)
+    captured = capture_sequence(model.to(device), IDS, SHAPE.block_size, 32)
+    for found, other, expected in zip(captured, common, reference, strict=True):
+        for name in ("keys", "values", "record"):
+            ours = getattr(found, name)
+            assert ours.device.type == device
+            assert_no_worse(ours, getattr(other, name), getattr(expected, name), rounding=1e-3)
+    layers, kv_heads, head_dim = head_shape(model)
+    shape = TraceShape("tiny", "corpus", layers, kv_heads, head_dim, SHAPE.block_size)
+    for split in ("train", "validation"):
+        write_shard(tmp_path, split, 0, shape, [(0, "s", captured)])
+    write_manifest(tmp_path, shape, {"train": 1, "validation": 1})
+    keys, _, _ = TraceReader(tmp_path, "train", 0).read(0)
+    assert torch.equal(keys, torch.cat([trace.keys for trace in captured]).half().cpu())
+
+
+class Letters:
+    """A tokenizer of which the sweep needs one method: token 3 is "d", 4 is "e", and so on, 26 letters."""
+
+    def decode(
+        self, tokens: Sequence[int], skip_special_tokens: bool, clean_up_tokenization_spaces: bool = False
+    ) -> str:
+        return "".join(chr(ord("a") + token % 26) for token in tokens)
+
+
+BUDGETS = (24, 48, TOKENS)
+TEXT = Sample(
+    sample_id="s",
+    corpus="ruler",
+    task="vt",
+    split="test",
+    input_ids=tuple(IDS.tolist()),
+    prompt_len=TOKENS,
+    question_start=None,
+    answers=("zzz",),
+    max_new_tokens=6,
+    meta="{}",
+    metric="string_match",
+)
+CHOICE = dataclasses.replace(TEXT, metric="accuracy", answers=("a", "b"), choices=((5, 6), (7,)), gold=1)
+
+
+def make_sweep(model: PreTrainedModel) -> Sweep:
+    agent = AgentParams(hidden_width=8, hidden_layers=1, position_features=("age",))
+    shape = PolicyShape(*head_shape(model), agent)
+    policies = {PolicyKey("kvp-exact", "ruler"): Policy(shape, torch.Generator().manual_seed(0)).to(model.device)}
+    evaluation = EvaluationParams(budgets=BUDGETS, n_sink=4, n_recent=16, seed=0)
+    traces = TracesParams(block_size=16, query_chunk=32, sequences_per_shard=2)
+    return Sweep(model, Letters(), policies, evaluation, traces, BUDGETS, answer_perplexity=True)  # type: ignore[arg-type]
+
+
+def by_row(outcomes: Sequence[Outcome], metric: str = "nll") -> dict[tuple[PolicyKey, int | None], float]:
+    return {(outcome.key, outcome.budget): outcome.value for outcome in outcomes if outcome.metric == metric}
+
+
+@on_devices
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
+def test_the_sweep_gives_what_float64_gives(device: str, family: str, make_model: MakeModel) -> None:
+    def run(dtype: torch.dtype, to: str) -> dict[tuple[PolicyKey, int | None], float]:
+        model = copy.deepcopy(make_model(family)).to(to, dtype)  # type: ignore[call-overload]
+        outcomes, costs = make_sweep(model).run(TEXT, seed=1)
+        assert len(cost_table("tiny", TEXT, costs, full_attention_layers(model.config)))
+        return by_row(outcomes)
+
+    found, common, reference = run(torch.float32, device), run(torch.float32, "cpu"), run(torch.float64, "cpu")
+    assert set(found) == set(reference)
+    # A GPU draws other numbers for the random ranking.
+    rows = [row for row in reference if row[0].policy != "random"]
+    assert_no_worse(*(torch.tensor([values[row] for row in rows]) for values in (found, common, reference)), 1e-5)
+    for key in {key for key, budget in found if budget}:
+        assert found[key, TOKENS] == found[FULL, None]
+
+
+@on_devices
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_sweep_in_bfloat16_answers_texts_and_choices(device: str, family: str, make_model: MakeModel) -> None:
+    sweep = make_sweep(copy.deepcopy(make_model(family)).to(device, torch.bfloat16))  # type: ignore[call-overload]
+    for sample in (TEXT, CHOICE):
+        outcomes, _ = sweep.run(sample, seed=1)
+        values = by_row(outcomes, sample.metric)
+        assert {budget for _, budget in values} == {*BUDGETS, None}
+        assert all(0 <= value <= 1 for value in values.values())
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kept_keys_are_the_keys_of_the_kept_tokens(device: str, dtype: torch.dtype) -> None:
+    keys, _ = random_states(3, 64, dtype)
+    scores = torch.rand(5, 3, 64, generator=torch.Generator().manual_seed(2)).to(dtype)  # with ties in bfloat16
+    rankings: list[Tensor] = []
+    for to in ("cpu", device):
+        ranking = protected_ranking(scores.to(to), 4, 16)
+        rankings.append(ranking.cpu())
+        kept = kept_tokens(ranking, 24)
+        gathered = gather_tokens(keys.to(to), kept).cpu()
+        for policy in range(5):
+            for head in range(3):
+                assert torch.equal(gathered[policy, head], keys[head, kept[policy, head].cpu()])
+    assert torch.equal(*rankings)
+
+
+@on_devices
+def test_latency_is_measured_on_the_device(device: str, make_model: MakeModel) -> None:
+    model = copy.deepcopy(make_model("llama")).to(device, torch.bfloat16)  # type: ignore[call-overload]
+    agent = AgentParams(hidden_width=8, hidden_layers=1, position_features=("age",))
+    policy = Policy(PolicyShape(*head_shape(model), agent), torch.Generator().manual_seed(0)).to(device)
+    table = measure_latency(model, policy, [64, 128], repeats=1)
+    assert len(table) == 8
+    assert (table["seconds"] > 0).all()
