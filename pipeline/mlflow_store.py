@@ -70,7 +70,7 @@ class Experiment:
 _SIDE = "Choose *Model training* at the top left. "
 TRAININGS = Experiment(
     "KVP trainings",
-    _SIDE + "Cost 1 is the best order. Heads have *KVP heads*.",
+    _SIDE + "Cost 1 is the best order; heads are in *KVP heads*.",
     "Costs of the trainings",
     "training",
     ("metrics.mean_validation_cost", "metrics.mean_loss", "params.estimator", "params.corpus", "params.model"),
@@ -196,7 +196,7 @@ def _page_tags(experiment: Experiment) -> dict[str, str]:
         "orderByAsc": False,
         "selectedColumns": columns,
         "columnOrder": columns,
-        "columnWidths": {column: 7 * len(column) - 30 for column in columns},  # in pixels, enough for the name
+        "columnWidths": {column: max(100, 7 * len(column) - 45) for column in columns},  # in pixels
         "runsHiddenMode": "SHOW_ALL",
     }
     # As MLflow writes a view that is saved by hand, but for the times.
