@@ -419,6 +419,14 @@ class Params(_Section):
                     f"corpora.{name}: the smallest budget, {self.budgets(name)[0]}, is below the {protected} protected "
                     "tokens"
                 )
+            corpus = self.corpora[name]
+            if isinstance(corpus, RulerParams | DialoguesParams | OasstParams):
+                shortest = min([corpus.length, *getattr(corpus, "task_lengths", {}).values()])
+                if self.budgets(name)[-1] >= shortest:
+                    raise ValueError(
+                        f"corpora.{name}: the largest budget, {self.budgets(name)[-1]}, is not below its length of "
+                        f"{shortest} tokens, so that nothing would be evicted"
+                    )
         for name in self.examples.tasks:
             if name not in self.corpora:
                 raise ValueError(f"examples.tasks names '{name}', which is not in corpora")

@@ -76,7 +76,10 @@ def capture_work(shape: ModelShape, tokens: int, item_bytes: int, traces: Traces
     token_bytes = item_bytes * (_HIDDEN_PASSES * shape.hidden + _INTERMEDIATE_PASSES * shape.intermediate)
     chunk_kernels = _CHUNK_KERNELS + _BLOCK_KERNELS * traces.query_chunk / traces.block_size
     return Work(
-        flops=2 * shape.layers * shape.layer_weights * tokens + 4 * shape.head_dim * pairs,
+        # The output embedding answers for the last token alone.
+        flops=2 * shape.layers * shape.layer_weights * tokens
+        + 4 * shape.head_dim * pairs
+        + 2 * shape.hidden * shape.vocabulary,
         moved=pair_bytes * pairs + shape.layers * tokens * token_bytes,
         kernels=shape.layers * (LAYER_KERNELS + chunk_kernels * (chunks + bool(rest))),
     )

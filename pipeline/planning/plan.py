@@ -48,6 +48,9 @@ _TOKENIZER_START, _GENERATOR_START, _KILOTOKEN = 6, 1.5, 0.03
 # rank of an example's token.
 _SAMPLE_BYTES, _POINT_BYTES, _COST_CURVE_BYTES, _OUTCOME_BYTES, _RANK_BYTES = 1.3, 3.7, 68, 6, 2
 
+# Tokens of the text that a model is checked on, and bytes of the verdict.
+_CHECK_TOKENS, _VERDICT_BYTES = 200, 500
+
 # Tokens of samples whose params give no length.
 SHORT_CONTEXT, SHORT_CONTINUATION = 128, 64
 
@@ -278,6 +281,16 @@ class _Model:
         disk = self.shape.parameters * (4 if gguf else self.item_bytes)
         return self.cost("model", "", Work(moved=2 * disk), disk, 2 * disk if gguf else 0, {})
 
+    def check(self) -> StageCost:
+        # In float32: about ten forwards of a text that exceeds the window where there is one, and the greedy tokens of
+        # two decodings.
+        tokens = max(_CHECK_TOKENS, self.shape.window)
+        work = capture_work(self.shape, tokens, 4, self.params.traces) * 10
+        work += Work(moved=2 * 16 * 4 * self.shape.parameters)
+        parts = capture_memory(self.shape, tokens, 4, self.params.traces)
+        host = 4 * self.shape.parameters if self.device.accelerator else 0
+        return self.cost("check", "", work, _VERDICT_BYTES, host, {**parts}, sum(parts.values()), 10 * tokens)
+
     def samples(self, corpus: str) -> StageCost:
         params = self.params.corpora[corpus]
         tokens = sum(group.tokens * (group.train + group.validation + group.test) for group in self.groups(corpus))
@@ -382,6 +395,7 @@ class _Model:
     def stages(self) -> Iterator[StageCost]:
         matrix = self.params.matrix
         yield self.model()
+        yield self.check()
         yield from (self.samples(corpus) for corpus in matrix.benchmark)
         yield from (self.traces(corpus) for corpus in matrix.corpus)
         yield from (self.train(corpus, estimator) for corpus in matrix.corpus for estimator in matrix.estimator)
@@ -390,7 +404,7 @@ class _Model:
 
 
 def make_plan(params: Params, device: str, models: Path) -> Plan:
-    """The cost of every stage but the last two, results and report, which take about a minute.
+    """The cost of every stage but sources, results and report, which take about a minute.
 
     Parameters
     ----------

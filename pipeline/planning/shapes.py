@@ -90,7 +90,8 @@ def model_shape(name: str, params: ModelParams, models: Path) -> tuple[ModelShap
             f"run the model stage for {name} first."
         )
     try:
-        config = AutoConfig.from_pretrained(path.parent, local_files_only=True)
+        whole = AutoConfig.from_pretrained(path.parent, local_files_only=True, trust_remote_code=False)
+        config = whole.get_text_config(decoder=True)
         shape = ModelShape(
             config.num_hidden_layers,
             len(full_attention_layers(config)),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from pipeline.errors import PipelineError
 from pipeline.eviction.budget import kept_tokens, protected_ranking
@@ -15,6 +16,7 @@ from pipeline.params import AgentParams
 from pipeline.policy.agents import Policy, PolicyShape, save_policy
 from tests.conftest import MakeModel
 from tests.eviction.prefills import PROMPT, compressed, layer_caches, token_indices
+from tests.families import config
 
 AGENT = AgentParams(hidden_width=8, hidden_layers=2, position_features=("position", "age"))
 
@@ -56,6 +58,16 @@ def test_layers_that_slide_over_a_window_keep_it(make_model: MakeModel, tmp_path
     for number in (0, 2):
         torch.testing.assert_close(cache.layers[number].keys, plain[number].keys[None])
         torch.testing.assert_close(cache.layers[number].values, plain[number].values[None])
+
+
+def test_the_language_part_of_a_multimodal_model_is_ranked(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config("Gemma 3 (multimodal)")).eval()
+    press = KVPPress(0.5, saved(tmp_path, layers=2))
+    cache = DynamicCache(config=model.config.get_text_config())
+    with torch.no_grad(), press(model):
+        model(input_ids=PROMPT[None] % 128, past_key_values=cache)
+    assert [layer.keys.shape[2] for layer in cache.layers] == [23, 150, 23, 150]  # windows of 24, and half of 300
 
 
 def test_a_policy_of_hidden_states_is_refused(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.evaluation.decode import EvictedCache
+from pipeline.layout import cache_layout
 from pipeline.params import AgentParams, TracesParams
 from pipeline.planning.counts import (
     capture_memory,
@@ -81,6 +82,7 @@ def test_evicted_caches_are_as_large_as_counted() -> None:
 @pytest.mark.parametrize(("tokens", "chunk"), [(64, 16), (70, 16), (9, 16)])
 def test_flops_of_a_capture_are_those_that_torch_counts(tokens: int, chunk: int, make_model: MakeModel) -> None:
     model = make_model("llama")
+    cache_layout(model)  # asked once for each model
     with FlopCounterMode(display=False) as counter:
         capture_sequence(model, torch.arange(tokens) % SIZES["vocab_size"], 8, chunk)
     traces = TracesParams(block_size=8, query_chunk=chunk, sequences_per_shard=1)

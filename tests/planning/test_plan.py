@@ -25,6 +25,7 @@ def test_every_entry_of_every_stage_is_planned(path: Path, device: str, tmp_path
     models, corpora, benchmarks = len(matrix.model), len(matrix.corpus), len(matrix.benchmark)
     expected = {
         "model": models,
+        "check": models,
         "samples": models * benchmarks,
         "traces": models * corpora,
         "train": models * corpora * len(matrix.estimator),
@@ -44,7 +45,10 @@ def test_every_entry_of_every_stage_is_planned(path: Path, device: str, tmp_path
 def test_the_stages_are_those_of_dvc_yaml() -> None:
     plan = make_plan(load_params(REPOSITORY / "params.yaml"), "cpu", Path("nowhere"))
     stages = list(YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text())["stages"])
-    assert list(dict.fromkeys(stage.stage for stage in plan.stages)) == stages[: stages.index("results")]
+    assert (
+        list(dict.fromkeys(stage.stage for stage in plan.stages))
+        == stages[stages.index("model") : stages.index("results")]
+    )
 
 
 def test_samples_are_counted_per_task_and_split() -> None:
