@@ -38,6 +38,7 @@ class Step:
 # What a rehearsal runs takes the same way through the code at sizes that mean nothing.
 STEPS = (
     Step("checks", "pytest", "-q -W default -p no:cacheprovider tests/test_gpu.py", "-q tests/test_gpu.py", 150),
+    Step("check", "perf.check", "--random qwen2.5-7b", "--random tiny", 60),
     Step("training_step", "perf.training_step", "--repeats 7", "--tokens 64 --repeats 1", 90),
     Step("paper_training", "perf.paper_training", "--steps 100", "--steps 1 --tokens 192", 90),
     Step(
