@@ -16,6 +16,7 @@ RULER = (*MODEL, "--corpus", "ruler")
 ARGUMENTS: dict[str, tuple[str, ...]] = {
     "sources": (),
     "model": MODEL,
+    "check": MODEL,
     "samples": RULER,
     "traces": RULER,
     "train": (*RULER, "--estimator", "exact"),
@@ -104,6 +105,7 @@ def test_an_unknown_key_is_one_sentence(name: str, directory: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("check", r"models/smollm2-135m does not exist; run the stage that makes it"),
         ("samples", r"models/smollm2-135m does not exist; run the stage that makes it"),
         ("traces", r"samples/smollm2-135m/ruler/train\.parquet .*run the samples stage"),
         ("train", r"traces/smollm2-135m/ruler does not exist; run the stage that makes it"),
