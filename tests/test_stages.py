@@ -105,7 +105,7 @@ def test_an_unknown_key_is_one_sentence(name: str, directory: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("check", r"models/smollm2-135m does not exist; run the stage that makes it"),
+        ("check", r"models/smollm2-135m holds no model; run the model stage"),
         ("samples", r"models/smollm2-135m does not exist; run the stage that makes it"),
         ("traces", r"samples/smollm2-135m/ruler/train\.parquet .*run the samples stage"),
         ("train", r"traces/smollm2-135m/ruler does not exist; run the stage that makes it"),
