@@ -1,11 +1,12 @@
 """Kill ``dvc repro`` at random moments and compare what comes out in the end with an undisturbed run, byte for byte.
 
-    python studies/kill_repro.py --kills 100 --seed 0 --workers 1
+    python studies/kill_repro.py --kills 100 --seed 0 --each 3
 
 Not part of CI: an undisturbed run of the ci profile takes minutes, and so does each pass. A pass begins with nothing
-but the tracked files and is killed once in each stage, at a moment drawn evenly from the time that the stage took
-undisturbed (DVC's own work before the next stage included): SIGKILL to the whole process group. Then ``dvc repro`` is
-started again, as a user would; it must need no help. Passes follow until there are as many kills as asked for.
+but the tracked files and is killed in each stage, once or ``--each`` times in a row, at moments drawn evenly from the
+time that the stage took undisturbed (DVC's own work before the next stage included): SIGKILL to the whole process
+group. Then ``dvc repro`` is started again, as a user would; it must need no help. Passes follow until there are as many
+kills as asked for.
 
 Compared are all files of the checkout and the parsed dvc.lock, but for what makes no promise: git's and DVC's own
 folders, the caches, MLflow's database and artifacts, and .work, where unfinished work is kept on purpose. Of DVC's
@@ -116,11 +117,12 @@ def undisturbed(directory: Path) -> Undisturbed:
     return Undisturbed(durations, files(directory), lock(directory), objects(directory))
 
 
-def one_pass(directory: Path, reference: Undisturbed, draw: random.Random, kills: int) -> Pass:
-    """Run the pipeline from nothing to the end, killed in at most ``kills`` of its stages, drawn at random."""
+def one_pass(directory: Path, reference: Undisturbed, draw: random.Random, kills: int, each: int) -> Pass:
+    """Run the pipeline from nothing to the end, killed at most ``kills`` times, at most ``each`` times in a stage."""
     new_checkout(directory)
     done, order = Pass(), list(reference.durations)
-    targets = sorted(draw.sample(range(len(order)), min(kills, len(order))))
+    places = list(range(len(order))) * each
+    targets = sorted(draw.sample(places, min(kills, len(places))))
     printed: list[str] = []
     while targets:
         process = start(directory)
@@ -131,7 +133,7 @@ def one_pass(directory: Path, reference: Undisturbed, draw: random.Random, kills
             process.wait()
             break
         moment = draw.random() * reference.durations[stage]
-        targets = [target for target in targets[1:] if target > order.index(stage)]
+        targets = [target for target in targets[1:] if target >= order.index(stage)]
         # Read on meanwhile: a full pipe would stop the stage.
         reader = ThreadPoolExecutor(1)
         last = reader.submit(lambda stages=stages, stage=stage: [stage, *stages][-1])
@@ -194,6 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--each", type=int, default=1, help="Kills in a row of one stage, in a pass.")
     parser.add_argument("--workers", type=int, default=1, help="Passes at a time; each needs a core.")
     parser.add_argument("--scratch", type=Path, help="Where the checkouts lie; a temporary folder by default.")
     options = parser.parse_args()
@@ -207,11 +210,11 @@ def main() -> None:
     numbers = itertools.count()
     with ThreadPoolExecutor(options.workers) as pool:
         while (left := options.kills - sum(len(done.kills) for done in passes)) > 0:
-            shares = [min(len(reference.durations), left // options.workers + 1)] * options.workers
+            shares = [min(len(reference.durations) * options.each, left // options.workers + 1)] * options.workers
             started = [
                 pool.submit(
                     one_pass, scratch / f"pass{worker}", reference, random.Random(f"{options.seed} {next(numbers)}"),
-                    min(share, left),
+                    min(share, left), options.each,
                 )
                 for worker, share in enumerate(shares)
             ]  # fmt: skip
