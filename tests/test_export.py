@@ -45,7 +45,8 @@ def source(make_model: MakeModel, tmp_path: Path) -> Path:
 
 
 def save_tokenizer(directory: Path) -> None:
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, 128)}
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, 126)}
+    vocabulary |= {"no": 126, "yes": 127}  # of BoolQ
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(directory)
