@@ -131,7 +131,10 @@ def _weights(source: Path, config: dict[str, Any]) -> list[Path]:
 
 def _refuse_own_code(source: Path, config: dict[str, Any]) -> None:
     """Raise where a model or its tokenizer is computed by code of its repository, which is never run."""
-    named = [config.get("model_type"), *(config.get("architectures") or [])]
+    architectures = config.get("architectures") or []
+    if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+        raise PipelineError(f"{source / 'config.json'}: architectures is no list of names; fetch the model again.")
+    named = [config.get("model_type"), *architectures]
     ours = config.get("model_type") in CONFIG_MAPPING and all(hasattr(transformers, name) for name in named[1:])
     if "auto_map" in config and not ours:
         _refuse_code(source / "config.json", ", ".join(str(name) for name in named if name))

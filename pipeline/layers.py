@@ -1,6 +1,7 @@
 """How layers are numbered, and what a config says of them before there is a model to ask (``pipeline/layout.py``)."""
 
-from typing import TYPE_CHECKING, NewType
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NewType
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -9,6 +10,9 @@ if TYPE_CHECKING:
 # the order of the latter. In a model whose layers all attend to the whole context the two are equal.
 ModelLayer = NewType("ModelLayer", int)
 RankedLayer = NewType("RankedLayer", int)
+
+# Names that configs give the length of the longest text.
+_WINDOWS = ("max_position_embeddings", "n_positions")
 
 
 def layer_kinds(config: "PretrainedConfig") -> list[str]:
@@ -24,3 +28,30 @@ def layer_kinds(config: "PretrainedConfig") -> list[str]:
 def full_attention_layers(config: "PretrainedConfig") -> tuple[ModelLayer, ...]:
     """Numbers of the layers that attend to the whole context, as the config tells it."""
     return tuple(ModelLayer(layer) for layer, kind in enumerate(layer_kinds(config)) if kind == "full_attention")
+
+
+def readable_tokens(value_of: Callable[[str], Any]) -> int | None:
+    """Length of the longest text that a model was made for, None where its config does not say.
+
+    Parameters
+    ----------
+    value_of
+        Looks a key of the config's language part up; None where there is none.
+
+    Raises
+    ------
+    ValueError
+        What the config says is no number of tokens.
+    """
+    stated = next((found for name in _WINDOWS if (found := value_of(name)) is not None), None)
+    # Some configs give the length before positions are stretched (Qwen2.5 with YaRN), others the one after.
+    rope = value_of("rope_parameters") or value_of("rope_scaling") or {}
+    try:
+        ropes = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+        stretched = max((r.get("factor") or 1) * (r.get("original_max_position_embeddings") or 0) for r in ropes)
+        tokens = None if stated is None else int(max(stated, stretched))
+    except (AttributeError, TypeError) as error:
+        raise ValueError(str(error)) from None
+    if tokens is not None and tokens < 1:
+        raise ValueError(f"{tokens} is no number of tokens")
+    return tokens

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from pipeline.attention import attention_function, call_active
 from pipeline.errors import PipelineError, one_line
 from pipeline.forward import run_model
-from pipeline.layers import ModelLayer
+from pipeline.layers import ModelLayer, readable_tokens
 
 _NAME = "kvp_layout"
 _TOKENS = 3
@@ -39,6 +39,9 @@ class CacheLayout:
         does not grow with the context, so a ranking over all tokens means nothing there.
     heads, kv_heads, head_dim
         Of every layer.
+    tokens
+        Length of the longest text that the model was made for, up to which all of this holds; None where its config
+        does not say.
     modules
         The attention module of each layer.
     """
@@ -48,6 +51,7 @@ class CacheLayout:
     heads: int
     kv_heads: int
     head_dim: int
+    tokens: int | None
     modules: Mapping[ModelLayer, nn.Module]
 
 
@@ -123,7 +127,8 @@ def _look(model: PreTrainedModel) -> CacheLayout:
         )
     if problem := _problem(seen, calls, cache):
         raise PipelineError(f"{name} {problem}, so its cache cannot be ranked; choose another model.")
-    windows = {number: _window(name, number, layer.mask, _reach(model)) for number, layer in sorted(seen.items())}
+    tokens = _tokens(name, model)
+    windows = {number: _window(name, number, layer.mask, tokens or _FAR) for number, layer in sorted(seen.items())}
     ranked = tuple(number for number, window in windows.items() if window is None)
     if not ranked:
         raise PipelineError(
@@ -138,6 +143,7 @@ def _look(model: PreTrainedModel) -> CacheLayout:
         heads,
         kv_heads,
         head_dim,
+        tokens,
         {number: layer.module for number, layer in sorted(seen.items())},
     )
 
@@ -168,8 +174,12 @@ def _problem(seen: Mapping[ModelLayer, _Layer], calls: int, cache: DynamicCache)
     return ""
 
 
-def _reach(model: PreTrainedModel) -> int:
-    return int(getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or _FAR)
+def _tokens(name: str, model: PreTrainedModel) -> int | None:
+    config = model.config.get_text_config(decoder=True)
+    try:
+        return readable_tokens(lambda key: getattr(config, key, None))
+    except ValueError as error:
+        raise PipelineError(f"{name}: its config.json does not say how many tokens it reads ({error}).") from None
 
 
 def _window(name: str, number: ModelLayer, mask: object, reach: int) -> int | None:

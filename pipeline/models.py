@@ -89,8 +89,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 def end_token_ids(model: PreTrainedModel) -> frozenset[int]:
     """Token ids that end a generation, from the generation config (the tokenizer's may be wrong after GGUF)."""
-    stated = model.generation_config or model.config.get_text_config(decoder=True)
-    ids: Any = stated.eos_token_id
+    ids: Any = model.generation_config.eos_token_id if model.generation_config else None
+    if ids is None:
+        ids = getattr(model.config.get_text_config(decoder=True), "eos_token_id", None)
     if ids is None:
         return frozenset()
     return frozenset([ids] if isinstance(ids, int) else ids)

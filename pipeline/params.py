@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, one_line
 
 RULER_TASKS = (
     "niah_single_1",
@@ -477,10 +477,14 @@ def load_params(path: Path = Path("params.yaml")) -> Params:
         raise PipelineError(
             f"{path} does not exist; run from the repository root or copy a file from profiles/."
         ) from None
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise PipelineError(f"{path} cannot be read ({one_line(error)}); copy a file from profiles/.") from None
     except YAMLError as error:
         raise PipelineError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     try:
         return Params.model_validate(_lists_as_tuples(raw))
+    except RecursionError:
+        raise PipelineError(f"{path} holds an alias of itself; write out what it stands for.") from None
     except ValidationError as error:
         raise PipelineError(f"{path}: {_first_problem(error)}") from None
 

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 
 from filelock import FileLock
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, one_line
 from pipeline.params import PinnedUri, SourceParams
 from pipeline.workdir import (
     STAGING,
@@ -99,7 +99,14 @@ def every_part(sources: Iterable[PinnedUri]) -> list[PinnedUri]:
 def local_path(source: PinnedUri) -> Path | None:
     """The path that a ``file:`` source names; None for all others."""
     scheme, _, rest = source.uri.partition(":")
-    return repository_root() / Path(rest).expanduser() if scheme == "file" else None
+    if scheme != "file":
+        return None
+    try:
+        path = repository_root() / Path(rest).expanduser()
+        path.exists()  # names that are too long
+    except (OSError, RuntimeError, ValueError) as error:
+        raise PipelineError(f"{source.uri} names no path ({one_line(error)}); correct it in params.yaml.") from None
+    return path
 
 
 def refuse_owned(source: PinnedUri) -> None:

@@ -1,17 +1,15 @@
 """What the check found of a model (``pipeline/evaluation/selfcheck.py``), for the stages that compute with it."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from pipeline.corpora.samples import Sample
 from pipeline.errors import PipelineError, one_line
 
 
-@dataclass(frozen=True)
-class Verdict:
+class Verdict(BaseModel):
     """What is known of a model that passed.
 
     Attributes
@@ -24,11 +22,15 @@ class Verdict:
         Length of the longest text tried.
     longest
         Up to how many tokens numbers do not depend on how a text is cut into calls; None for as many as it reads.
+    reads
+        Length of the longest text that the model was made for; None where its config does not say.
     vocabulary
         Number of token ids.
     ranked_layers, windows, heads, kv_heads, head_dim
         The model's cache, see :class:`pipeline.layout.CacheLayout`.
     """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     model: str
     dtype: str
@@ -36,32 +38,35 @@ class Verdict:
     tolerance: float
     tokens: int
     longest: int | None
+    reads: int | None
     vocabulary: int
-    ranked_layers: Sequence[int]
+    ranked_layers: list[int]
     windows: dict[str, int]
     heads: int
     kv_heads: int
     head_dim: int
 
-    def as_json(self) -> dict[str, Any]:
-        """What is written: no measured difference and no time, so that a second check gives equal bytes."""
-        return asdict(self)
 
-
-def read_verdict(path: Path) -> Verdict:
-    """Read what the check stage wrote.
+def read_verdict(path: Path, model: str, dtype: str) -> Verdict:
+    """Read what the check stage wrote of a model in a dtype.
 
     Raises
     ------
     PipelineError
-        The file is missing or unreadable.
+        The file is missing or unreadable, or says something of another model or dtype.
     """
     try:
-        return Verdict(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        found = Verdict.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise PipelineError(
             f"{path} holds no check of a model ({one_line(error)}); run the check stage (dvc repro does)."
         ) from None
+    if (found.verdict, found.model, found.dtype) != ("right", model, dtype):
+        raise PipelineError(
+            f"{path} says '{found.verdict}' of {found.model} in {found.dtype}, not 'right' of {model} in {dtype}; run "
+            "the check stage again."
+        )
+    return found
 
 
 def require_readable(verdict: Verdict, samples: Sequence[Sample]) -> None:
@@ -70,7 +75,7 @@ def require_readable(verdict: Verdict, samples: Sequence[Sample]) -> None:
     Raises
     ------
     PipelineError
-        A token id is none of the model's, or a text is longer than :attr:`Verdict.longest`.
+        A token id is none of the model's, or a text is longer than :attr:`Verdict.longest` or than the model reads.
     """
     for sample in samples:
         ids = (*sample.input_ids, *(token for choice in sample.choices for token in choice))
@@ -81,6 +86,11 @@ def require_readable(verdict: Verdict, samples: Sequence[Sample]) -> None:
             )
         choices = max(map(len, sample.choices), default=0)
         length = max(len(sample.input_ids), sample.prompt_len + max(sample.max_new_tokens, choices))
+        if verdict.reads is not None and length > verdict.reads:
+            raise PipelineError(
+                f"Sample {sample.sample_id} has {length} tokens, and {verdict.model} reads {verdict.reads} "
+                "(max_position_embeddings in its config.json); drop it, or take a model that reads more."
+            )
         if verdict.longest is not None and length > verdict.longest:
             raise PipelineError(
                 f"{verdict.model} computes positions in another way in texts of more than {verdict.longest} tokens, so "

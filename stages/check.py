@@ -23,7 +23,7 @@ def main(model: ModelOption, device: DeviceOption = "cpu") -> None:
 
     found = check_model(load_model(Path("models") / model, "float32", device), model, dtype, report=report)
     written = work_directory(f"check-{model}", {}, []) / f"{model}.json"
-    write_json(written, found.as_json())
+    write_json(written, found.model_dump(mode="json"))
     publish(written, Path("checks") / written.name)
 
 

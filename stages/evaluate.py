@@ -33,7 +33,7 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
     work = work_directory(f"evaluate-{model}-{corpus}", identity, [weights, test, *directories.values()])
     policies = {key: load_policy(directory, model)[0].to(device) for key, directory in directories.items()}
     samples = read_samples(test)
-    require_readable(read_verdict(Path("checks") / f"{model}.json"), samples)
+    require_readable(read_verdict(Path("checks") / f"{model}.json", model, dtype), samples)
     limit_threads()
     sweep = Sweep(
         load_model(weights, dtype, device),

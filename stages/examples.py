@@ -33,7 +33,7 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
     policies = {key: load_policy(directory, model)[0].to(device) for key, directory in directories.items()}
     samples = read_samples(test)
     chosen = choose_examples(samples, tasks)
-    require_readable(read_verdict(Path("checks") / f"{model}.json"), [samples[index] for index in chosen])
+    require_readable(read_verdict(Path("checks") / f"{model}.json", model, dtype), [samples[index] for index in chosen])
     limit_threads()
     tokenizer = load_tokenizer(weights)
     language_model = load_model(weights, dtype, device)

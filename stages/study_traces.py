@@ -36,7 +36,7 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
     if corpus in study.longer and isinstance(source, RulerParams):
         longer = longer_samples(source, study.longer[corpus], corpus, weights, splits["train"], work / "samples")
     for rows in (*splits.values(), longer):
-        require_readable(read_verdict(Path("checks") / f"{model}.json"), rows)
+        require_readable(read_verdict(Path("checks") / f"{model}.json", model, dtype), rows)
     language_model = load_model(weights, dtype, device)
     with progress(f"study traces {model} {corpus}", count_sequences(splits, longer, study)) as advance:
         capture(work / "out", language_model, model, corpus, splits, longer, study, params.traces, advance)

@@ -20,7 +20,7 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
     weights, samples = Path("models") / model, Path("samples") / model / corpus
     splits = {split: read_samples(samples / f"{split}.parquet") for split in ("train", "validation")}
     for rows in splits.values():
-        require_readable(read_verdict(Path("checks") / f"{model}.json"), rows)
+        require_readable(read_verdict(Path("checks") / f"{model}.json", model, dtype), rows)
     identity = {"traces": params.traces.model_dump(mode="json"), "dtype": dtype}
     files = [samples / f"{split}.parquet" for split in splits]
     work = work_directory(f"traces-{model}-{corpus}", identity, [weights, *files])

@@ -298,3 +298,13 @@ def test_a_file_without_keys_is_one_sentence(text: str, tmp_path: Path) -> None:
 def test_an_unknown_entry_lists_the_names_there_are() -> None:
     with pytest.raises(PipelineError, match=r"corpora has no 'c'; it has a, b\."):
         entry({"b": 1, "a": 2}, "c", "corpora")
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a: &x [*x]", b"[" * 3000], ids=["no text", "a circle", "too deep"])
+def test_a_file_that_cannot_be_read_is_one_sentence(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    for name in ("params.yaml", "folder"):
+        with pytest.raises(PipelineError, match=name) as caught:
+            load_params(tmp_path / name)
+        assert "\n" not in str(caught.value)

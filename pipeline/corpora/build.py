@@ -8,11 +8,11 @@ from pipeline.corpora import choice, dialogues, longbench, oasst, ruler
 from pipeline.corpora.chat import language_value, read_config, template_settings
 from pipeline.corpora.samples import SPLITS, Sample, Split
 from pipeline.errors import PipelineError
+from pipeline.layers import readable_tokens
 from pipeline.params import AnyCorpusParams, LongerParams, RulerParams
 from pipeline.sources import CACHE, fetch, record
 
 # How configurations call the number of tokens that a model was made for.
-_WINDOWS = ("max_position_embeddings", "n_positions")
 
 
 def build_samples(
@@ -74,6 +74,9 @@ def build_samples(
             splitter = fetch(params.sentence_splitter, cache)
             sources["sentence_splitter"] = record(params.sentence_splitter, splitter)
             samples = ruler.build(params, name, source, splitter, model, work, progress)
+    if params.kind == "choice":  # as long as its rows are
+        longest = max(row.prompt_len + max(map(len, row.choices)) for row in samples["test"])
+        _check_window(model, f"corpora.{name}", longest)
     _check_vocabulary(model, itertools.chain(*samples.values()))
     return samples, sources
 
@@ -97,19 +100,16 @@ def _check_window(model: Path, key: str, length: int) -> None:
     """Raise where a model was not made for ``length`` tokens: it would answer, and its numbers mean nothing."""
     path = model / "config.json"
     config = read_config(path)
-    windows = [language_value(config, name) for name in _WINDOWS]
-    window = next((value for value in windows if value is not None), length)
-    # Some configs give the window before positions are stretched (Qwen2.5 with YaRN), others the one after.
-    rope = language_value(config, "rope_parameters") or language_value(config, "rope_scaling") or {}
     try:
-        window = max(window, (rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0))
-    except (AttributeError, TypeError):
+        window = readable_tokens(lambda name: language_value(config, name))
+    except ValueError as error:
         raise PipelineError(
-            f"{path}: {' or '.join(_WINDOWS)}, or its rope_parameters, are no numbers; correct them."
+            f"{path}: max_position_embeddings or n_positions, or its rope_parameters, are no numbers ({error}); "
+            "correct them."
         ) from None
-    if length > window:
+    if window is not None and length > window:
         raise PipelineError(
-            f"{key}: length {length} is above the {window:.0f} tokens that {model} reads "
+            f"{key}: length {length} is above the {window} tokens that {model} reads "
             "(max_position_embeddings in its config.json); shorten it or take a model that reads more."
         )
 

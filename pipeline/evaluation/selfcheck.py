@@ -74,18 +74,18 @@ def check_model(
 
     try:
         longest = None
-        for place in reversed(_switches(model)):
+        for place in reversed(_switches(model, layout)):
             difference = _switch_difference(model, layout, place)
             report(f"keys and values on both sides of {place} tokens", difference)
             longest = longest if difference <= tolerance else place
         window = max((window for window in layout.windows.values() if window <= _LARGEST_WINDOW), default=0)
         context = max(_CONTEXT, window + 2 * _AROUND)
-        if longest is not None:
-            context = min(context, longest - _CONTINUATION - _GREEDY)
+        limit = min(tokens for tokens in (longest, layout.tokens, context + _CONTINUATION + _GREEDY) if tokens)
+        context = limit - _CONTINUATION - _GREEDY
         if context < _AROUND:
             raise PipelineError(
-                f"{name} computes positions in another way from {longest} tokens on, too early for any text; choose "
-                "another model."
+                f"{name} reads {limit} tokens before its positions change or end, too few for any text; choose another "
+                "model."
             )
         ids = _tokens(model, context + _CONTINUATION)
         nll, generated = _ours(model, ids, context)
@@ -102,18 +102,19 @@ def check_model(
             f"{name} cannot be run as the pipeline runs it ({one_line(error)}); choose another model."
         ) from error
     return Verdict(
-        name,
-        dtype,
-        "right",
-        tolerance,
-        len(ids),
-        longest,
-        model.config.get_text_config(decoder=True).vocab_size,
-        tuple(layout.ranked),
-        {str(number): size for number, size in layout.windows.items()},
-        layout.heads,
-        layout.kv_heads,
-        layout.head_dim,
+        model=name,
+        dtype=dtype,
+        verdict="right",
+        tolerance=tolerance,
+        tokens=len(ids),
+        longest=longest,
+        reads=layout.tokens,
+        vocabulary=model.config.get_text_config(decoder=True).vocab_size,
+        ranked_layers=list(layout.ranked),
+        windows={str(number): size for number, size in layout.windows.items()},
+        heads=layout.heads,
+        kv_heads=layout.kv_heads,
+        head_dim=layout.head_dim,
     )
 
 
@@ -121,8 +122,9 @@ def _tokens(model: PreTrainedModel, count: int) -> Tensor:
     """Random token ids, (count,) int64, behind the token that begins a text."""
     config = model.config.get_text_config(decoder=True)
     ids = torch.randint(config.vocab_size, (count,), generator=torch.Generator().manual_seed(0))
-    if isinstance(config.bos_token_id, int):
-        ids[0] = config.bos_token_id
+    first = getattr(config, "bos_token_id", None)
+    if isinstance(first, int) and 0 <= first < config.vocab_size:
+        ids[0] = first
     return ids
 
 
@@ -204,8 +206,8 @@ def _attention_difference(model: PreTrainedModel, layout: CacheLayout, ids: Tens
     return max(_largest(seen[number], by_number[number][0]) for number in layout.ranked)
 
 
-def _switches(model: PreTrainedModel) -> list[int]:
-    """Lengths at which the config says that positions are computed in another way."""
+def _switches(model: PreTrainedModel, layout: CacheLayout) -> list[int]:
+    """Lengths, below that of the longest text, at which the config says that positions are computed in another way."""
     config = model.config.get_text_config(decoder=True)
     stated = getattr(config, "rope_parameters", None) or {}
     ropes = [stated, *(rope for rope in stated.values() if isinstance(rope, dict))]
@@ -213,13 +215,14 @@ def _switches(model: PreTrainedModel) -> list[int]:
     places.add(getattr(config, "original_max_position_embeddings", None))
     if any("dynamic" in str(rope.get("rope_type")) for rope in ropes):
         places.add(config.max_position_embeddings)
-    return sorted(int(place) for place in places if place)
+    return sorted(int(place) for place in places if place and (layout.tokens is None or place < layout.tokens))
 
 
 def _switch_difference(model: PreTrainedModel, layout: CacheLayout, place: int) -> float:
     """Keys and values of tokens on both sides of ``place``, cut before it and read in one call."""
     around = min(_AROUND, place)
-    tokens = _tokens(model, around + _AROUND)
+    beyond = _AROUND if layout.tokens is None else min(_AROUND, layout.tokens - place)
+    tokens = _tokens(model, around + beyond)
     caches = []
     # The cut text first: some families never go back to what they computed before the place.
     for borders in ((0, around - around // 3, len(tokens)), (0, len(tokens))):

@@ -48,6 +48,12 @@ class KVPPress(ScorerPress):  # type: ignore[misc]  # kvpress is untyped
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
         """Check that the policy fits the model and move it to the model's device."""
+        body: Any = getattr(model, "model", None)
+        if not hasattr(getattr(body, "language_model", body), "layers"):
+            raise PipelineError(
+                f"kvpress cannot be used with {type(model).__name__}: it looks for model.model.layers; evaluate the "
+                "policy with the pipeline instead."
+            )
         shape = self.policy.shape
         ranked, found = (shape.layers, shape.kv_heads, shape.head_dim), head_shape(model)
         if ranked != found:

@@ -5,6 +5,7 @@ docs/MODELS.md holds what :func:`row` says of each family; ``python -m tests.eva
 
 import copy
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+)
 
 from pipeline.corpora.samples import Sample
 from pipeline.errors import PipelineError
@@ -23,10 +32,10 @@ from pipeline.eviction.baselines import BASELINES
 from pipeline.layout import cache_layout
 from pipeline.params import EvaluationParams, TracesParams
 from pipeline.traces.capture import capture_sequence
-from pipeline.verdict import read_verdict, require_readable
+from pipeline.verdict import Verdict, read_verdict, require_readable
 from pipeline.workdir import write_json
 from tests.conftest import REPOSITORY, MakeModel
-from tests.families import FAMILIES, config
+from tests.families import FAMILIES, SIZES, config
 from tests.test_families import sample
 
 DOCUMENT = REPOSITORY / "docs/MODELS.md"
@@ -199,40 +208,94 @@ def test_a_last_layer_that_overflows_gives_no_choice(make_model: MakeModel) -> N
 @pytest.fixture
 def verdict_file(make_model: MakeModel, tmp_path: Path) -> Path:
     found = check_model(copy.deepcopy(make_model("gemma3")), "mine", "float32")
-    write_json(tmp_path / "mine.json", found.as_json())
+    write_json(tmp_path / "mine.json", found.model_dump(mode="json"))
     return tmp_path / "mine.json"
 
 
 def test_a_second_check_gives_equal_bytes(verdict_file: Path, make_model: MakeModel) -> None:
     first = verdict_file.read_bytes()
-    write_json(verdict_file, check_model(copy.deepcopy(make_model("gemma3")), "mine", "float32").as_json())
+    again = check_model(copy.deepcopy(make_model("gemma3")), "mine", "float32")
+    write_json(verdict_file, again.model_dump(mode="json"))
     assert verdict_file.read_bytes() == first
-    found = read_verdict(verdict_file)
+    found = read_verdict(verdict_file, "mine", "float32")
     assert (found.verdict, found.ranked_layers, found.windows) == ("right", [1, 3], {"0": 24, "2": 24})
     assert (found.heads, found.kv_heads, found.head_dim, found.longest) == (6, 2, 16, None)
+    assert (found.reads, found.vocabulary) == (2048, 128)
 
 
-def test_a_missing_or_foreign_verdict_is_one_sentence(tmp_path: Path) -> None:
-    (tmp_path / "other.json").write_text('{"verdict": "right"}')
-    for name in ("absent.json", "other.json"):
-        with pytest.raises(PipelineError, match=rf"{name} holds no check of a model .*; run the check stage"):
-            read_verdict(tmp_path / name)
+@pytest.mark.parametrize("change", [{"vocabulary": None}, {"longest": "abc"}, {"windows": [1]}, {"more": 1}], ids=str)
+def test_a_damaged_verdict_is_one_sentence(change: dict[str, Any], verdict_file: Path) -> None:
+    verdict_file.write_text(json.dumps(json.loads(verdict_file.read_text()) | change))
+    for path in (verdict_file, verdict_file.with_name("absent.json")):
+        with pytest.raises(PipelineError, match=r"holds no check of a model .*; run the check stage") as caught:
+            read_verdict(path, "mine", "float32")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"verdict": "wrong"}, {"model": "other"}, {"dtype": "float16"}], ids=str)
+def test_a_verdict_of_something_else_is_refused(change: dict[str, str], verdict_file: Path) -> None:
+    verdict_file.write_text(json.dumps(json.loads(verdict_file.read_text()) | change))
+    with pytest.raises(PipelineError, match="not 'right' of mine in float32; run the check stage again"):
+        read_verdict(verdict_file, "mine", "float32")
 
 
 def test_texts_that_were_not_checked_are_refused(verdict_file: Path) -> None:
-    found = dataclasses.replace(read_verdict(verdict_file), longest=208)
+    whole = read_verdict(verdict_file, "mine", "float32")
     text: Sample = sample("test", 4)  # 200 tokens and a reply of 8
-    require_readable(found, [text])
-    for longer in (
+    longer = (
         dataclasses.replace(text, max_new_tokens=9),
         dataclasses.replace(text, input_ids=(*text.input_ids, 5)),
         dataclasses.replace(text, choices=((5,) * 9, (5,))),
+    )
+    for limit, message in (
+        ("longest", r"more than 208 tokens, .*; sample test-4 has 209: shorten the corpus"),
+        ("reads", r"Sample test-4 has 209 tokens, and mine reads 208 "),
     ):
-        with pytest.raises(PipelineError, match=r"more than 208 tokens, .*; sample test-4 has 209: shorten the corpus"):
-            require_readable(found, [text, longer])
+        found = whole.model_copy(update={limit: 208})
+        require_readable(found, [text])
+        for other in longer:
+            with pytest.raises(PipelineError, match=message):
+                require_readable(found, [text, other])
     for ids in ((-1, *text.input_ids[1:]), (*text.input_ids[:-1], 128)):
         with pytest.raises(PipelineError, match="token id outside the 128 of mine"):
-            require_readable(found, [dataclasses.replace(text, input_ids=ids)])
+            require_readable(whole, [dataclasses.replace(text, input_ids=ids)])
+
+
+def check_of(made: PretrainedConfig) -> Verdict:
+    torch.manual_seed(0)
+    return check_model(AutoModelForCausalLM.from_config(made).eval(), "mine", "float32")
+
+
+def test_a_window_of_the_whole_text_counts_up_to_its_length_only() -> None:
+    # Stretched positions: the model reads 1,024 tokens, and its second layer sees 256 of them.
+    stretched = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 256}
+    sizes = SIZES | {"num_hidden_layers": 2, "max_position_embeddings": 256}
+    window = {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 256}
+    found = check_of(Qwen2Config(**sizes | window, rope_parameters=stretched))
+    assert (found.ranked_layers, found.windows, found.reads) == ([0], {"1": 256}, 1024)
+    # Without them the window leaves nothing out of any text that the model reads.
+    found = check_of(MistralConfig(**sizes, sliding_window=256))
+    assert (found.ranked_layers, found.windows, found.reads) == ([0, 1], {}, 256)
+
+
+@pytest.mark.parametrize("first", [50256, -1, None], ids=str)
+def test_a_model_is_checked_whatever_begins_its_texts(first: int | None) -> None:
+    assert check_of(LlamaConfig(**SIZES | {"bos_token_id": first})).verdict == "right"
+
+
+@pytest.mark.parametrize("positions", [64, 128])
+def test_a_model_that_reads_few_tokens_is_checked_on_as_many(positions: int) -> None:
+    sizes = {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4}
+    found = check_of(GPT2Config(**sizes, n_positions=positions, bos_token_id=1, eos_token_id=2))
+    assert found.reads == positions
+    assert found.tokens <= positions
+
+
+def test_too_few_tokens_and_lengths_that_are_none_are_one_sentence() -> None:
+    with pytest.raises(PipelineError, match="mine reads 32 tokens before its positions change or end, too few"):
+        check_of(LlamaConfig(**SIZES | {"max_position_embeddings": 32}))
+    with pytest.raises(PipelineError, match="does not say how many tokens it reads"):
+        check_of(LlamaConfig(**SIZES | {"max_position_embeddings": -5}))
 
 
 def write_document() -> None:

@@ -70,6 +70,13 @@ def test_the_language_part_of_a_multimodal_model_is_ranked(tmp_path: Path) -> No
     assert [layer.keys.shape[2] for layer in cache.layers] == [23, 150, 23, 150]  # windows of 24, and half of 300
 
 
+def test_a_family_that_kvpress_does_not_know_is_one_sentence(tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(config("GPT-2")).eval()
+    press = KVPPress(0.5, saved(tmp_path, layers=4, kv_heads=4))
+    with pytest.raises(PipelineError, match="kvpress cannot be used with GPT2LMHeadModel"), press(model):
+        pass
+
+
 def test_a_policy_of_hidden_states_is_refused(tmp_path: Path) -> None:
     agent = AGENT.model_copy(update={"inputs": "hidden"})
     save_policy(tmp_path, Policy(PolicyShape(3, 2, 64, agent)), {"model": "tiny"})
