@@ -142,7 +142,7 @@ def interrupt(directory: Path, pattern: str, stage: str, *arguments: str) -> Pat
 
 def test_every_stage_ran_once(run: Run) -> None:
     matrix = [f"{MODEL}-{corpus}" for corpus in run.params.matrix.corpus]
-    expected = {"sources", f"model@{MODEL}", "results", "report"}
+    expected = {"sources", f"model@{MODEL}", f"check@{MODEL}", "results", "report"}
     expected |= {f"{stage}@{entry}" for stage in ("samples", "traces", "evaluate", "examples") for entry in matrix}
     expected |= {f"train@{entry}-{estimator}" for entry in matrix for estimator in run.params.matrix.estimator}
     assert stages_run(run.output) == expected
@@ -200,7 +200,7 @@ def test_a_second_repro_runs_nothing(run: Run) -> None:
 
 
 def test_interrupted_traces_and_training_end_with_the_same_bytes(run: Run, copy: Path) -> None:
-    output = call(copy, "dvc", "repro", f"samples@{MODEL}-dialogues")
+    output = call(copy, "dvc", "repro", f"samples@{MODEL}-dialogues", f"check@{MODEL}")
     assert stages_run(output) == set()  # restored from the cache of finished runs
     out = copy / "traces" / MODEL / "dialogues"
     marker = interrupt(copy, "traces-*/*/train/shard-00000.json", "traces", *DIALOGUES)
@@ -273,9 +273,8 @@ def test_the_studies_run_on_demand(run: Run) -> None:
 def test_a_changed_training_reruns_what_depends_on_it_only(run: Run) -> None:
     # Last, because it changes the run.
     output = call(run.directory, "dvc", "exp", "run", "--set-param", "train.steps=6")
-    expected = {
-        stage for stage in stages_run(run.output) if not stage.startswith(("sources", "model@", "samples@", "traces@"))
-    }
+    upstream = ("sources", "model@", "check@", "samples@", "traces@")
+    expected = {stage for stage in stages_run(run.output) if not stage.startswith(upstream)}
     assert stages_run(output) == expected
     curves = pl.read_parquet(run.directory / "policies" / MODEL / "ruler/rloo/curves.parquet")
     assert curves["step"].n_unique() == 6

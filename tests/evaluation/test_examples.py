@@ -1,5 +1,6 @@
 """The table of ranked tokens, from a tiny model on disk to the file that the stage leaves."""
 
+import copy
 import itertools
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.corpora.samples import Sample, write_samples
 from pipeline.errors import PipelineError
 from pipeline.evaluation.examples import TOKENS_SCHEMA, choose_examples, token_texts
+from pipeline.evaluation.selfcheck import check_model
 from pipeline.eviction.baselines import BASELINES
 from pipeline.params import AgentParams
 from pipeline.policy.agents import Policy, PolicyShape, save_policy
+from pipeline.workdir import write_json
 from stages.examples import main
 from tests.conftest import MakeModel
 from tests.eviction.prefills import layer_caches
@@ -47,6 +50,8 @@ def directory(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyP
     with (tmp_path / "params.yaml").open("w") as stream:
         YAML(typ="safe").dump(params, stream)
     make_model("llama").save_pretrained(tmp_path / "models" / MODEL)
+    verdict = check_model(copy.deepcopy(make_model("llama")), MODEL, "float32")
+    write_json(tmp_path / "checks" / f"{MODEL}.json", verdict.model_dump(mode="json"))
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{index}": index for index in range(3, 128)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")))
     tokenizer.save_pretrained(tmp_path / "models" / MODEL)
