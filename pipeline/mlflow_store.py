@@ -115,9 +115,9 @@ def connect(patience: float | None = None) -> "Iterator[MlflowClient]":
     root = repository_root()
     uri = tracking_uri(root)
     limit = PATIENCE if patience is None else patience
-    if uri.startswith("sqlite:///") and Path(uri.removeprefix("sqlite:///")).is_dir():
-        raise PipelineError(f"{shown_uri(uri)} is a directory; MLflow needs a file there: move it away.")
     try:
+        if uri.startswith("sqlite:///") and Path(uri.removeprefix("sqlite:///")).is_dir():
+            raise IsADirectoryError("a directory lies where the database must be")  # MLflow would try again for minutes
         with _deadline(limit), FileLock(root / "mlflow.db.lock"):
             from mlflow import MlflowClient
 

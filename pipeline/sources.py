@@ -102,6 +102,8 @@ def local_path(source: PinnedUri) -> Path | None:
     if scheme != "file":
         return None
     try:
+        if not rest.strip():
+            raise ValueError("nothing stands behind file:")
         path = repository_root() / Path(rest).expanduser()
         path.exists()  # names that are too long
     except (OSError, RuntimeError, ValueError) as error:

@@ -396,3 +396,10 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half(
     with pytest.raises(PipelineError, match=r"No space is left on the disk while writing .*dequantised; free some"):
         export_model(write_llama(tmp_path / "m.gguf", llama()), tmp_path / "dequantised")
     assert {path.name for path in tmp_path.iterdir()} == {"source", "copied", "m.gguf"}
+
+
+@pytest.mark.parametrize("architectures", [3, "LlamaForCausalLM", [7]], ids=str)
+def test_architectures_that_are_no_names_are_one_sentence(architectures: Any, source: Path, tmp_path: Path) -> None:
+    edit(source / "config.json", architectures=architectures)
+    with pytest.raises(PipelineError, match=r"config\.json: architectures is no list of names"):
+        export_model(source, tmp_path / "out")

@@ -211,6 +211,7 @@ FAILURES: dict[str, tuple[Break, float, str]] = {
     "no room for artifacts": (no_room_for_artifacts, PATIENCE, "mlartifacts"),
     "no mlflow": (no_mlflow, PATIENCE, "ModuleNotFoundError"),
     "unknown scheme": (uri("htp://nowhere"), PATIENCE, "htp"),
+    "a directory": (uri("sqlite:///policies"), PATIENCE, "IsADirectoryError: a directory lies where"),
     "no driver": (uri("mssql+none://me:secret@localhost/runs"), PATIENCE, r"//\.\.\.@localhost"),
     "MlflowException": (failing("create_run", MlflowException("refused\nsecond line")), PATIENCE, r"\(.*: refused\)"),
     "sqlalchemy": (

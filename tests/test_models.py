@@ -61,6 +61,11 @@ def test_a_safetensors_directory_is_exported_and_loads(
         assert torch.equal(model(ids).logits, expected(ids).logits)
 
 
+def test_a_generation_config_without_an_end_leaves_it_to_the_config(model_directory: Path) -> None:
+    (model_directory / "generation_config.json").write_text('{"do_sample": true}')
+    assert end_token_ids(load_model(model_directory, "float32", "cpu")) == {2}
+
+
 def test_the_dtype_is_the_one_asked_for(model_directory: Path) -> None:
     assert load_model(model_directory, "bfloat16", "cpu").dtype == torch.bfloat16
 

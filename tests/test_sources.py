@@ -370,3 +370,10 @@ def test_pips_own_reason_is_quoted(cache: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(os.environ, "PIP_NO_INDEX", "1")
     with pytest.raises(PipelineError, match=r"pip could not download Tiny\.Data==1\.0 \(ERROR: "):
         fetch(wheel_source("0" * 64), cache)
+
+
+@pytest.mark.parametrize("rest", ["", " ", "~nobody-of-this-name/x", "a" * 300], ids=["empty", "blank", "home", "long"])
+def test_a_path_that_is_none_is_one_sentence(rest: str, cache: Path) -> None:
+    with pytest.raises(PipelineError, match=r"^file:.* names no path .*correct it in params\.yaml\.$") as caught:
+        fetch(SourceParams(uri=f"file:{rest}", licence="mine"), cache)
+    assert "\n" not in str(caught.value)
