@@ -17,6 +17,8 @@ repro: $(VENV)/installed
 	$(if $(PROFILE),cp profiles/$(PROFILE).yaml params.yaml)
 	# A copy of the files without their repository: DVC must not look for one.
 	git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true
+	# A kill while DVC writes dvc.lock leaves a part of it, which DVC refuses; its cache of finished runs has the rest.
+	! dvc stage list 2>&1 | grep -q "^'./dvc.lock'" || mv dvc.lock dvc.lock.damaged
 	dvc repro
 	# It has said why. Everything was computed, so this is no failure of the run.
 	python -m stages.track || { test $$? -eq 1 && echo "The results are complete; only MLflow lacks them." >&2; }
