@@ -11,6 +11,12 @@ if TYPE_CHECKING:
 ModelLayer = NewType("ModelLayer", int)
 RankedLayer = NewType("RankedLayer", int)
 
+
+def layer_number(module: Any) -> ModelLayer:
+    """The number that every attention module carries of its layer."""
+    return ModelLayer(int(module.layer_idx))
+
+
 # Names that configs give the length of the longest text.
 _WINDOWS = ("max_position_embeddings", "n_positions")
 

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from pipeline.attention import attention_function, call_active
 from pipeline.errors import PipelineError, one_line
 from pipeline.forward import run_model
-from pipeline.layers import ModelLayer, readable_tokens
+from pipeline.layers import ModelLayer, layer_number, readable_tokens
 
 _NAME = "kvp_layout"
 _TOKENS = 3
@@ -106,7 +106,7 @@ def _look(model: PreTrainedModel) -> CacheLayout:
         nonlocal calls
         calls += 1
         sizes = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
-        seen[ModelLayer(int(module.layer_idx))] = _Layer(module, sizes, attention_mask)
+        seen[layer_number(module)] = _Layer(module, sizes, attention_mask)
         # What comes out is of no interest: sizes and masks do not depend on it.
         return query.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 

@@ -84,8 +84,7 @@ def require_readable(verdict: Verdict, samples: Sequence[Sample]) -> None:
                 f"Sample {sample.sample_id} has a token id outside the {verdict.vocabulary} of {verdict.model}; run "
                 "the samples stage again."
             )
-        choices = max(map(len, sample.choices), default=0)
-        length = max(len(sample.input_ids), sample.prompt_len + max(sample.max_new_tokens, choices))
+        length = sample.longest_text
         if verdict.reads is not None and length > verdict.reads:
             raise PipelineError(
                 f"Sample {sample.sample_id} has {length} tokens, and {verdict.model} reads {verdict.reads} "

@@ -35,8 +35,9 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
     longer: list[Sample] = []
     if corpus in study.longer and isinstance(source, RulerParams):
         longer = longer_samples(source, study.longer[corpus], corpus, weights, splits["train"], work / "samples")
+    verdict = read_verdict(Path("checks") / f"{model}.json", model, dtype)
     for rows in (*splits.values(), longer):
-        require_readable(read_verdict(Path("checks") / f"{model}.json", model, dtype), rows)
+        require_readable(verdict, rows)
     language_model = load_model(weights, dtype, device)
     with progress(f"study traces {model} {corpus}", count_sequences(splits, longer, study)) as advance:
         capture(work / "out", language_model, model, corpus, splits, longer, study, params.traces, advance)

@@ -19,8 +19,9 @@ def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu")
     dtype = entry(params.models, model, "models").dtype
     weights, samples = Path("models") / model, Path("samples") / model / corpus
     splits = {split: read_samples(samples / f"{split}.parquet") for split in ("train", "validation")}
+    verdict = read_verdict(Path("checks") / f"{model}.json", model, dtype)
     for rows in splits.values():
-        require_readable(read_verdict(Path("checks") / f"{model}.json", model, dtype), rows)
+        require_readable(verdict, rows)
     identity = {"traces": params.traces.model_dump(mode="json"), "dtype": dtype}
     files = [samples / f"{split}.parquet" for split in splits]
     work = work_directory(f"traces-{model}-{corpus}", identity, [weights, *files])

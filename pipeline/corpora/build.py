@@ -75,7 +75,7 @@ def build_samples(
             sources["sentence_splitter"] = record(params.sentence_splitter, splitter)
             samples = ruler.build(params, name, source, splitter, model, work, progress)
     if params.kind == "choice":  # as long as its rows are
-        longest = max(row.prompt_len + max(map(len, row.choices)) for row in samples["test"])
+        longest = max(sample.longest_text for sample in samples["test"])
         _check_window(model, f"corpora.{name}", longest)
     _check_vocabulary(model, itertools.chain(*samples.values()))
     return samples, sources

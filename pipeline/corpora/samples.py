@@ -85,6 +85,12 @@ class Sample:
         """Tokens of the compressed context."""
         return self.prompt_len if self.question_start is None else self.question_start
 
+    @property
+    def longest_text(self) -> int:
+        """Tokens of the prompt with the longest of what may follow it."""
+        choices = max(map(len, self.choices), default=0)
+        return max(len(self.input_ids), self.prompt_len + max(self.max_new_tokens, choices))
+
 
 def write_samples(path: Path, samples: Sequence[Sample]) -> None:
     """Write samples as one Parquet file, atomically.

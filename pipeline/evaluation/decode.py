@@ -20,7 +20,7 @@ from transformers import Cache, PreTrainedModel
 from pipeline.attention import attention_function, attention_weights, shared_heads
 from pipeline.evaluation.sliding import SlidingLayer
 from pipeline.forward import run_model
-from pipeline.layers import ModelLayer
+from pipeline.layers import ModelLayer, layer_number
 
 # Logits that are held at once: those of all rows and tokens would be rows x t x vocabulary.
 _LOGIT_BYTES = 1 << 30
@@ -160,7 +160,7 @@ def evicted_attention(
     output
         (rows, t, heads, head_dim).
     """
-    number = ModelLayer(int(module.layer_idx))  # type: ignore[arg-type]  # every attention module carries its index
+    number = layer_number(module)
     heads, new, head_dim = query.shape[1:]
     scaling = head_dim**-0.5 if scaling is None else scaling
     kv_heads = key.shape[1]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import PipelineError
-from pipeline.layers import ModelLayer, RankedLayer
+from pipeline.layers import RankedLayer, layer_number
 from pipeline.layout import CacheLayout, cache_layout
 from pipeline.models import head_shape
 from pipeline.policy.agents import Policy, load_policy
@@ -98,6 +98,6 @@ class KVPPress(ScorerPress):  # type: ignore[misc]  # kvpress is untyped
 
     def _index(self, module: nn.Module) -> RankedLayer | None:
         """The index of a layer among the ranked ones, None for one that slides over a window."""
-        number = ModelLayer(int(module.layer_idx))  # type: ignore[arg-type]  # every attention module carries its index
+        number = layer_number(module)
         ranked = self.layout.ranked
         return RankedLayer(ranked.index(number)) if number in ranked else None

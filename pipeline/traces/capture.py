@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from pipeline.attention import attention_function, attention_weights
 from pipeline.errors import PipelineError
 from pipeline.forward import require_finite, run_model
-from pipeline.layers import ModelLayer, RankedLayer
+from pipeline.layers import ModelLayer, RankedLayer, layer_number
 from pipeline.layout import cache_layout
 
 
@@ -146,7 +146,7 @@ def capture_attention(
     """
     if query.shape[0] != 1 or attention_mask is not None:
         raise PipelineError("Attention is captured for one sequence at a time, without padding.")
-    number = ModelLayer(int(module.layer_idx))  # type: ignore[arg-type]  # every attention module carries its index
+    number = layer_number(module)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = recorder.windows.get(number)
     if window is not None:
