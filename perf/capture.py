@@ -20,7 +20,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from perf.measure import RANDOM_MODELS, benchmark_model, interleaved, median_ratio, write_result
-from pipeline.attention import attention_implementation
+from pipeline.models.attention import attention_implementation
 from pipeline.traces.capture import capture_sequence
 
 BLOCK_SIZE = 64  # of the default profile

@@ -15,7 +15,7 @@ import typer
 
 from perf.measure import benchmark_model, write_result
 from pipeline.evaluation.selfcheck import check_model
-from pipeline.forward import run_model
+from pipeline.models.forward import run_model
 
 
 def main(

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
 
 from pipeline.errors import PipelineError
-from pipeline.models import load_model
+from pipeline.models.load import load_model
 
 # Another directory for results that are not to be kept.
 RESULTS = Path(os.environ.get("PERF_RESULTS") or Path(__file__).parent / "results")

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from perf.measure import benchmark_model, write_result
 from pipeline.evaluation.latency import measure_latency
-from pipeline.models import head_shape
+from pipeline.models.load import head_shape
 from pipeline.params import AgentParams
 from pipeline.policy.agents import Policy, PolicyShape
 

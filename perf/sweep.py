@@ -25,14 +25,14 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from perf.measure import benchmark_model, interleaved, median_ratio, wait, write_result
 from pipeline.corpora import ruler
-from pipeline.corpora.samples import Sample
 from pipeline.evaluation.decode import greedy_decode
 from pipeline.evaluation.sweep import FULL, ORACLE, PolicyKey, Sweep
 from pipeline.eviction.baselines import BASELINES, LayerCache
 from pipeline.eviction.budget import gather_tokens, kept_tokens, protected_ranking
-from pipeline.models import head_shape, load_tokenizer
+from pipeline.models.load import head_shape, load_tokenizer
 from pipeline.params import AgentParams, EvaluationParams, RulerParams, RulerSizes, TracesParams, load_params
 from pipeline.policy.agents import Policy, PolicyShape
+from pipeline.samples.sample import Sample
 from pipeline.sources import fetch
 
 BUDGETS = (48, 64, 96, 128, 192, 256, 384, 512)

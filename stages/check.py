@@ -10,7 +10,7 @@ def main(model: ModelOption, device: DeviceOption = "cpu") -> None:
     import logging
 
     from pipeline.evaluation.selfcheck import check_model
-    from pipeline.models import load_model
+    from pipeline.models.load import load_model
     from pipeline.params import entry, load_params
     from pipeline.workdir import publish, work_directory, write_json
 

@@ -7,13 +7,13 @@ from stages._app import CorpusOption, DeviceOption, ModelOption, check_device, l
 
 def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu") -> None:
     """Evaluate every policy of MODEL on CORPUS into evaluations/MODEL/CORPUS."""
-    from pipeline.corpora.samples import read_samples
     from pipeline.evaluation.results import cost_table, evaluation_table, merge_parts, write_part
     from pipeline.evaluation.sweep import Sweep, policy_directories
-    from pipeline.models import load_model, load_tokenizer
+    from pipeline.evaluation.verdict import read_verdict, require_readable
+    from pipeline.models.load import load_model, load_tokenizer
     from pipeline.params import TRAINABLE, entry, load_params
     from pipeline.policy.agents import load_policy
-    from pipeline.verdict import read_verdict, require_readable
+    from pipeline.samples.sample import read_samples
     from pipeline.workdir import publish, work_directory
 
     check_device(device)

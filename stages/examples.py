@@ -7,14 +7,14 @@ from stages._app import CorpusOption, DeviceOption, ModelOption, check_device, l
 
 def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu") -> None:
     """Rank the tokens of examples of CORPUS with every policy of MODEL into examples/MODEL/CORPUS."""
-    from pipeline.corpora.samples import read_samples
     from pipeline.evaluation.examples import choose_examples, token_table
     from pipeline.evaluation.results import merge_parts, write_part
     from pipeline.evaluation.sweep import Sweep, policy_directories
-    from pipeline.models import load_model, load_tokenizer
+    from pipeline.evaluation.verdict import read_verdict, require_readable
+    from pipeline.models.load import load_model, load_tokenizer
     from pipeline.params import entry, load_params
     from pipeline.policy.agents import load_policy
-    from pipeline.verdict import read_verdict, require_readable
+    from pipeline.samples.sample import read_samples
     from pipeline.workdir import publish, work_directory
 
     check_device(device)

@@ -22,7 +22,7 @@ def main(
     from pipeline.corpora import choice
     from pipeline.errors import PipelineError
     from pipeline.evaluation.harness import TOLERANCE, compare, harness_answers, own_answers
-    from pipeline.models import load_model, load_tokenizer
+    from pipeline.models.load import load_model, load_tokenizer
     from pipeline.params import ChoiceParams, EvaluationSize, entry, load_params
     from pipeline.sources import fetch
 

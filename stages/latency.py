@@ -9,7 +9,7 @@ def main(model: ModelOption, device: DeviceOption = "cpu") -> None:
     """Time the ranking of MODEL's cache by its first policy into reports/latency/MODEL."""
     from pipeline.evaluation.latency import measure_latency
     from pipeline.evaluation.sweep import policy_directories
-    from pipeline.models import load_model
+    from pipeline.models.load import load_model
     from pipeline.params import entry, load_params
     from pipeline.policy.agents import load_policy
     from pipeline.reporting import figures

@@ -7,7 +7,7 @@ from stages._app import ModelOption, progress, run
 
 def main(model: ModelOption) -> None:
     """Fetch MODEL and write models/MODEL."""
-    from pipeline.export import SOURCE_FILE, export_model, files_to_export
+    from pipeline.models.export import SOURCE_FILE, export_model, files_to_export
     from pipeline.params import entry, load_params
     from pipeline.sources import fetch, record
     from pipeline.workdir import publish, work_directory, write_json

@@ -8,8 +8,8 @@ from stages._app import CorpusOption, ModelOption, progress, run
 def main(model: ModelOption, corpus: CorpusOption) -> None:
     """Write samples/MODEL/CORPUS/{train,validation,test}.parquet and source.json."""
     from pipeline.corpora.build import build_samples, count_pieces
-    from pipeline.corpora.samples import write_samples
     from pipeline.params import entry, load_params
+    from pipeline.samples.sample import write_samples
     from pipeline.workdir import publish, work_directory, write_json
 
     params = entry(load_params().corpora, corpus, "corpora")

@@ -7,11 +7,11 @@ from stages._app import CorpusOption, DeviceOption, ModelOption, check_device, l
 
 def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu") -> None:
     """Capture with MODEL what the sensitivity study needs besides the traces of CORPUS, into study_traces/."""
-    from pipeline.corpora.samples import Sample, read_samples
-    from pipeline.models import load_model
+    from pipeline.evaluation.verdict import read_verdict, require_readable
+    from pipeline.models.load import load_model
     from pipeline.params import RulerParams, entry, load_params
+    from pipeline.samples.sample import Sample, read_samples
     from pipeline.sensitivity.capture import capture, count_sequences, longer_samples
-    from pipeline.verdict import read_verdict, require_readable
     from pipeline.workdir import publish, work_directory
 
     check_device(device)

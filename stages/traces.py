@@ -7,11 +7,11 @@ from stages._app import CorpusOption, DeviceOption, ModelOption, check_device, l
 
 def main(model: ModelOption, corpus: CorpusOption, device: DeviceOption = "cpu") -> None:
     """Capture traces of CORPUS with MODEL into traces/MODEL/CORPUS."""
-    from pipeline.corpora.samples import read_samples
-    from pipeline.models import load_model
+    from pipeline.evaluation.verdict import read_verdict, require_readable
+    from pipeline.models.load import load_model
     from pipeline.params import entry, load_params
+    from pipeline.samples.sample import read_samples
     from pipeline.traces.build import build_traces
-    from pipeline.verdict import read_verdict, require_readable
     from pipeline.workdir import publish, work_directory
 
     check_device(device)

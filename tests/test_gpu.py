@@ -17,17 +17,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pipeline.corpora.samples import Sample
 from pipeline.evaluation.latency import measure_latency
 from pipeline.evaluation.results import cost_table
 from pipeline.evaluation.sweep import FULL, Outcome, PolicyKey, Sweep
 from pipeline.eviction.budget import gather_tokens, kept_tokens, protected_ranking
-from pipeline.layers import full_attention_layers
-from pipeline.models import head_shape
+from pipeline.models.layers import full_attention_layers
+from pipeline.models.load import head_shape
 from pipeline.params import AgentParams, EvaluationParams, TracesParams, TrainParams
 from pipeline.policy import agents, train
 from pipeline.policy.agents import Policy, PolicyShape
 from pipeline.policy.train import CURVES_FILE, describe, train_policy
+from pipeline.samples.sample import Sample
 from pipeline.traces.capture import LayerTrace, capture_sequence
 from pipeline.traces.shards import TraceReader, TraceShape, write_manifest, write_shard
 from tests.conftest import MakeModel

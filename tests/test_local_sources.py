@@ -24,7 +24,7 @@ from pipeline.params import PinnedUri
 from pipeline.sources import OWNED, content_hash, refuse_owned
 from pipeline.workdir import hash_path
 from tests.conftest import MakeModel
-from tests.test_export import save_tokenizer
+from tests.models.test_export import save_tokenizer
 from tests.test_pipeline import ENVIRONMENT, REPOSITORY, call, share_sources, stages_run
 
 BOOLQ: dict[str, Any] = {

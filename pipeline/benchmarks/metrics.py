@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from pipeline.benchmarks.longbench import longbench_score
 from pipeline.benchmarks.string_match import metric_for
-from pipeline.corpora.samples import Sample
+from pipeline.samples.sample import Sample
 
 
 def scorer(sample: Sample) -> Callable[[str], float]:

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from pipeline.corpora import choice, dialogues, longbench, oasst, ruler
-from pipeline.corpora.chat import language_value, read_config, template_settings
-from pipeline.corpora.samples import SPLITS, Sample, Split
 from pipeline.errors import PipelineError
-from pipeline.layers import readable_tokens
+from pipeline.models.layers import readable_tokens
 from pipeline.params import AnyCorpusParams, LongerParams, RulerParams
+from pipeline.samples.chat import language_value, read_config, template_settings
+from pipeline.samples.sample import SPLITS, Sample, Split
 from pipeline.sources import CACHE, fetch, record
 
 # How configurations call the number of tokens that a model was made for.
@@ -26,7 +26,7 @@ def build_samples(
     """The samples of a corpus by split, and the record of the sources they come from.
 
     The record also holds what the chat template was told, where that matters
-    (:func:`pipeline.corpora.chat.template_settings`).
+    (:func:`pipeline.samples.chat.template_settings`).
 
     Parameters
     ----------
@@ -45,7 +45,7 @@ def build_samples(
         The corpus is longer than the model's window, its source cannot be had or does not suffice, or the model's
         tokenizer or chat template is none that prompts can be made with.
     """
-    from pipeline.models import load_tokenizer
+    from pipeline.models.load import load_tokenizer
 
     if params.kind != "choice":
         task_lengths = params.task_lengths if params.kind == "ruler" else {}

@@ -18,8 +18,10 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from pipeline.corpora.chat import encode_choices, first_token_after
-from pipeline.corpora.rows import (
+from pipeline.errors import PipelineError
+from pipeline.params import ChoiceParams
+from pipeline.samples.chat import encode_choices, first_token_after
+from pipeline.samples.rows import (
     SUFFIXES,
     FilledText,
     Identifier,
@@ -32,9 +34,7 @@ from pipeline.corpora.rows import (
     read_placed_rows,
     validated,
 )
-from pipeline.corpora.samples import Sample, Split
-from pipeline.errors import PipelineError
-from pipeline.params import ChoiceParams
+from pipeline.samples.sample import Sample, Split
 
 _LETTERS = tuple("ABCDEFGHIJ")
 _WORDS = {"yes": True, "no": False}
@@ -328,7 +328,7 @@ def build(
         The source is unusable or too small, or there is nothing before the question that a late question
         could come after.
     """
-    from pipeline.models import load_tokenizer
+    from pipeline.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     questions = read_questions(params.task, source)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.corpora.chat import encode_reply, end_of_turn
-from pipeline.corpora.rows import FilledText, RowModel, Text, WholeNumber, decoded, is_null, parsed, validated
-from pipeline.corpora.samples import SPLITS, Sample, Split
 from pipeline.errors import PipelineError
 from pipeline.params import DialoguesParams
+from pipeline.samples.chat import encode_reply, end_of_turn
+from pipeline.samples.rows import FilledText, RowModel, Text, WholeNumber, decoded, is_null, parsed, validated
+from pipeline.samples.sample import SPLITS, Sample, Split
 
 _IN_WHEEL = "lm_eval/tasks/chatrag_bench/dataset"
 _ROWS = "nvidia_dragon_multiturn_retrieved.jsonl"
@@ -180,7 +180,7 @@ def build(
     PipelineError
         The source is unusable, or there are too few dialogues.
     """
-    from pipeline.models import load_tokenizer
+    from pipeline.models.load import load_tokenizer
 
     documents, rows = read_documents(root)
     tokenizer = load_tokenizer(model)

@@ -17,11 +17,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from pipeline.corpora.chat import chat_prompt, encode, encode_pair, end_of_turn, first_token_after, reply_gap
-from pipeline.corpora.rows import FilledText, Row, RowModel, Text, is_null, read_placed_rows, validated
-from pipeline.corpora.samples import Sample, Split
 from pipeline.errors import PipelineError
 from pipeline.params import LongBenchParams
+from pipeline.samples.chat import chat_prompt, encode, encode_pair, end_of_turn, first_token_after, reply_gap
+from pipeline.samples.rows import FilledText, Row, RowModel, Text, is_null, read_placed_rows, validated
+from pipeline.samples.sample import Sample, Split
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def build(
     PipelineError
         A task is unknown, the source is unusable or too small, or a late question cannot be told apart.
     """
-    from pipeline.models import load_tokenizer
+    from pipeline.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     end = end_of_turn(model, tokenizer)

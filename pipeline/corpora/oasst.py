@@ -17,8 +17,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from pipeline.corpora.chat import chat_prompt, encode, encode_reply, end_of_turn
-from pipeline.corpora.rows import (
+from pipeline.errors import PipelineError
+from pipeline.params import OasstParams
+from pipeline.samples.chat import chat_prompt, encode, encode_reply, end_of_turn
+from pipeline.samples.rows import (
     Flag,
     Identifier,
     RowModel,
@@ -29,9 +31,7 @@ from pipeline.corpora.rows import (
     require_columns,
     validated,
 )
-from pipeline.corpora.samples import SPLITS, Sample, Split
-from pipeline.errors import PipelineError
-from pipeline.params import OasstParams
+from pipeline.samples.sample import SPLITS, Sample, Split
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
 _COLUMNS = ("message_id", "parent_id", "message_tree_id", "role", "text", "lang")
@@ -191,7 +191,7 @@ def build(
     PipelineError
         The source is unusable, or there are too few threads.
     """
-    from pipeline.models import load_tokenizer
+    from pipeline.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     composer = _Composer(params, tokenizer, end_of_turn(model, tokenizer))

@@ -29,12 +29,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from pipeline.corpora import ruler_host
-from pipeline.corpora.chat import chat_prompt, encode_pair, end_of_turn, reply_gap
-from pipeline.corpora.rows import FilledText, Row, RowModel, read_rows, validated
-from pipeline.corpora.samples import SPLITS, Sample, Split
 from pipeline.errors import PipelineError
 from pipeline.params import LongerParams, RulerParams, RulerSizes
+from pipeline.ruler import host as ruler_host
+from pipeline.samples.chat import chat_prompt, encode_pair, end_of_turn, reply_gap
+from pipeline.samples.rows import FilledText, Row, RowModel, read_rows, validated
+from pipeline.samples.sample import SPLITS, Sample, Split
 from pipeline.workdir import write_text
 
 Host = subprocess.Popen[str]
@@ -147,7 +147,7 @@ def host(nltk_data: Path, log: Path) -> Iterator[Host]:
     """Start the process in whose forks the scripts run, and yield it.
 
     The scripts cannot be imported, and starting Python with transformers anew for each of them would
-    take longer than all else (``pipeline/corpora/ruler_host.py``).
+    take longer than all else (``pipeline/ruler/host.py``).
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {
@@ -354,7 +354,7 @@ def build(
         A task does not fit its length, or the wheel's data do not suffice for disjoint splits.
     """
     # Imports transformers, which takes seconds that reading the task definitions should not cost.
-    from pipeline.models import load_tokenizer
+    from pipeline.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     tasks = read_tasks(wheel)
@@ -406,7 +406,7 @@ def build_longer(
     PipelineError
         As for :func:`build`, or the length would need the essays of the training samples.
     """
-    from pipeline.models import load_tokenizer
+    from pipeline.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     tasks = read_tasks(wheel)

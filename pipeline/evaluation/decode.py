@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel
 
-from pipeline.attention import attention_function, attention_weights, shared_heads
 from pipeline.evaluation.sliding import SlidingLayer
-from pipeline.forward import run_model
-from pipeline.layers import ModelLayer, layer_number
+from pipeline.models.attention import attention_function, attention_weights, shared_heads
+from pipeline.models.forward import run_model
+from pipeline.models.layers import ModelLayer, layer_number
 
 # Logits that are held at once: those of all rows and tokens would be rows x t x vocabulary.
 _LOGIT_BYTES = 1 << 30

@@ -12,10 +12,10 @@ import torch
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.corpora.samples import Sample
 from pipeline.errors import PipelineError
 from pipeline.evaluation.sweep import Prefill
 from pipeline.policy.ranking import rank
+from pipeline.samples.sample import Sample
 
 TOKENS_SCHEMA = {
     "sample_id": pl.String,
@@ -70,7 +70,7 @@ def token_table(
     Parameters
     ----------
     layers
-        The model's numbers of the ranked layers (``pipeline/layers.py``).
+        The model's numbers of the ranked layers (``pipeline/models/layers.py``).
 
     Returns
     -------

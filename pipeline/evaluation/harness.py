@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.benchmarks.choice import choice_outcome
 from pipeline.corpora.choice import read_choice_rows
-from pipeline.corpora.rows import Row
-from pipeline.corpora.samples import Sample
 from pipeline.errors import PipelineError
 from pipeline.evaluation.sweep import Sweep
 from pipeline.params import EvaluationParams, TracesParams
+from pipeline.samples.rows import Row
+from pipeline.samples.sample import Sample
 from pipeline.workdir import write_text
 
 # Our task -> its definition below lm_eval/tasks.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pipeline.layers import RankedLayer
-from pipeline.layout import cache_layout
+from pipeline.models.layers import RankedLayer
+from pipeline.models.layout import cache_layout
 from pipeline.policy.agents import Policy
 from pipeline.policy.ranking import rank
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import polars as pl
 import torch
 
-from pipeline.corpora.samples import Sample
 from pipeline.evaluation.sweep import Costs, Outcome
+from pipeline.samples.sample import Sample
 from pipeline.workdir import atomic_write
 
 EVALUATION_SCHEMA = {

@@ -3,7 +3,7 @@
 A few hundred tokens go through capture, eviction with a budget that keeps everything, and decoding, and through the
 model's own forward in one call, with its eager attention, which is the family's definition of it. A model that passes
 gives right numbers, one that does not is refused in a sentence; no list of families decides it. It reads no weights'
-files (``pipeline/models.py`` holds them against the config) and knows no policy.
+files (``pipeline/models/load.py`` holds them against the config) and knows no policy.
 """
 
 import itertools
@@ -15,16 +15,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
-from pipeline.attention import attention_function, attention_implementation
-from pipeline.corpora.samples import Sample
 from pipeline.errors import PipelineError, one_line
 from pipeline.evaluation.decode import continuation_nll, greedy_decode
 from pipeline.evaluation.sweep import Sweep
-from pipeline.forward import run_model
-from pipeline.layout import CacheLayout, cache_layout
+from pipeline.evaluation.verdict import Verdict
+from pipeline.models.attention import attention_function, attention_implementation
+from pipeline.models.forward import run_model
+from pipeline.models.layout import CacheLayout, cache_layout
 from pipeline.params import EvaluationParams, TracesParams
+from pipeline.samples.sample import Sample
 from pipeline.traces.capture import ObservedLayer, Recorder, Tails, capture_attention, run_captured
-from pipeline.verdict import Verdict
 
 # Largest difference allowed in float32: nats of a token, a weight of attention, or a part of the largest number of a
 # layer's keys. Rounding stays a tenth of it or less; anything computed otherwise is far above it.

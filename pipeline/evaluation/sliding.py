@@ -7,7 +7,7 @@ holds only what it has appended itself.
 import torch
 from torch import Tensor
 
-from pipeline.attention import attention_weights, shared_heads
+from pipeline.models.attention import attention_weights, shared_heads
 
 
 class SlidingLayer:
@@ -58,7 +58,7 @@ class SlidingLayer:
         query
             (rows, heads, t, head_dim).
         softcap, sinks
-            As in :func:`pipeline.attention.attention_weights`; sinks are (heads,).
+            As in :func:`pipeline.models.attention.attention_weights`; sinks are (heads,).
 
         Returns
         -------

@@ -5,7 +5,7 @@ a prefix of that ranking; all (policy, budget) pairs then decode together. Polic
 last token, which every budget keeps, is then fed once more against the evicted cache, so that every
 predicted token, the first included, comes from what is left. A late question comes after the eviction.
 Layers that slide over a window are not ranked: they hold what they hold in a plain run. "Layers" below are
-the others, in the order of ``pipeline/layout.py``.
+the others, in the order of ``pipeline/models/layout.py``.
 It reads and writes no files; ``pipeline/evaluation/results.py`` names the columns.
 """
 
@@ -19,19 +19,19 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from pipeline.benchmarks.choice import choice_outcome
 from pipeline.benchmarks.metrics import scorer
-from pipeline.corpora.samples import Sample
 from pipeline.errors import PipelineError
 from pipeline.evaluation.decode import EvictedCache, choice_nll, continuation_nll, greedy_decode
 from pipeline.evaluation.sliding import SlidingLayer
 from pipeline.eviction.baselines import BASELINES, OBSERVED_QUERIES, SHORTEST_CACHE, LayerCache
 from pipeline.eviction.budget import gather_tokens, kept_tokens, protected_ranking
-from pipeline.forward import require_finite
-from pipeline.layers import ModelLayer, RankedLayer
-from pipeline.layout import CacheLayout, cache_layout
-from pipeline.models import end_token_ids
+from pipeline.models.forward import require_finite
+from pipeline.models.layers import ModelLayer, RankedLayer
+from pipeline.models.layout import CacheLayout, cache_layout
+from pipeline.models.load import end_token_ids
 from pipeline.params import EvaluationParams, MatrixParams, TracesParams
 from pipeline.policy.agents import Policy
 from pipeline.policy.ranking import cost_at_budgets, optimal_total_cost, rank, total_cost
+from pipeline.samples.sample import Sample
 from pipeline.traces.capture import ObservedLayer, Tails, run_captured
 from pipeline.traces.importance import future_importance
 

@@ -16,7 +16,7 @@ import torch
 from kvpress import KeyDiffPress, KnormPress, LagKVPress, RandomPress, SnapKVPress, StreamingLLMPress, TOVAPress
 from torch import Tensor
 
-from pipeline.layers import ModelLayer
+from pipeline.models.layers import ModelLayer
 
 Score = Callable[["LayerCache"], Tensor]
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.errors import PipelineError
-from pipeline.layers import RankedLayer, layer_number
-from pipeline.layout import CacheLayout, cache_layout
-from pipeline.models import head_shape
+from pipeline.models.layers import RankedLayer, layer_number
+from pipeline.models.layout import CacheLayout, cache_layout
+from pipeline.models.load import head_shape
 from pipeline.policy.agents import Policy, load_policy
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from pipeline.errors import PipelineError
-from pipeline.layers import full_attention_layers
+from pipeline.models.layers import full_attention_layers
 from pipeline.params import ModelParams
 
 
@@ -18,7 +18,7 @@ class ModelShape:
     Attributes
     ----------
     layers, ranked_layers
-        All layers, and those that attend to the whole context (``pipeline/layers.py``).
+        All layers, and those that attend to the whole context (``pipeline/models/layers.py``).
     window
         Tokens that the other layers see.
     """

@@ -1,7 +1,7 @@
 """The agents: one small MLP per (layer, KV head), all of a model stacked and run with bmm.
 
 Layers are those that attend to the whole context, counted among themselves
-(``pipeline/layers.py`` has their numbers in the model).
+(``pipeline/models/layers.py`` has their numbers in the model).
 
 An agent sees the key, the value and the position of a token as they stand in the cache, and nothing
 else: no query, no attention weight, no future token (paper, section "Policy"). Heads are numbered
@@ -21,7 +21,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from pipeline.errors import PipelineError
-from pipeline.layers import RankedLayer
+from pipeline.models.layers import RankedLayer
 from pipeline.params import AgentParams
 from pipeline.workdir import atomic_write, write_json
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from pipeline.corpora.build import build_longer_samples
-from pipeline.corpora.samples import Sample, read_samples, write_samples
 from pipeline.params import LongerParams, RulerParams, SensitivityParams, TracesParams
+from pipeline.samples.sample import Sample, read_samples, write_samples
 from pipeline.sensitivity.trace_sets import HIDDEN, LONGER_HIDDEN, LONGER_TRACES
 from pipeline.traces.build import build_traces
 from pipeline.traces.hidden import build_hidden_states

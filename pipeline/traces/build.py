@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.corpora.samples import Sample
-from pipeline.layout import cache_layout
+from pipeline.models.layout import cache_layout
 from pipeline.params import TracesParams
+from pipeline.samples.sample import Sample
 from pipeline.traces.capture import LayerTrace, capture_sequence
 from pipeline.traces.shards import TraceShape, is_committed, write_manifest, write_shard
 

@@ -1,6 +1,6 @@
 """Run a language model once and record, per layer, what its cache holds and which tokens get attended to.
 
-Capture is an attention function (``pipeline/attention.py``): model code stays as it is. The function computes
+Capture is an attention function (``pipeline/models/attention.py``): model code stays as it is. The function computes
 ordinary causal attention in chunks of queries and, on the way, reduces the attention weights to the
 future-attention record (``pipeline/traces/importance.py``), so memory is O(tokens x query_chunk), never tokens x
 tokens for all heads. Layers that slide over a window run as they always do and leave no record. Logits and weights
@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
-from pipeline.attention import attention_function, attention_weights
 from pipeline.errors import PipelineError
-from pipeline.forward import require_finite, run_model
-from pipeline.layers import ModelLayer, RankedLayer, layer_number
-from pipeline.layout import cache_layout
+from pipeline.models.attention import attention_function, attention_weights
+from pipeline.models.forward import require_finite, run_model
+from pipeline.models.layers import ModelLayer, RankedLayer, layer_number
+from pipeline.models.layout import cache_layout
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def capture_attention(
     scaling
         What queries are multiplied by; by default, as in transformers, 1 / sqrt(head_dim).
     softcap, s_aux
-        As ``softcap`` and ``sinks`` of :func:`pipeline.attention.attention_weights`; sinks are (heads,).
+        As ``softcap`` and ``sinks`` of :func:`pipeline.models.attention.attention_weights`; sinks are (heads,).
 
     Returns
     -------
@@ -179,7 +179,7 @@ def recorded_attention(
     recorder
         Only its sizes are read.
     softcap, sinks
-        As in :func:`pipeline.attention.attention_weights`; sinks are (heads,).
+        As in :func:`pipeline.models.attention.attention_weights`; sinks are (heads,).
 
     Returns
     -------
@@ -361,14 +361,14 @@ def run_captured(
 
     Returns
     -------
-    One (kv_heads, tokens, blocks) float32 tensor per layer of :attr:`pipeline.layout.CacheLayout.ranked`,
+    One (kv_heads, tokens, blocks) float32 tensor per layer of :attr:`pipeline.models.layout.CacheLayout.ranked`,
     ``tokens`` counting the cache after the call.
 
     Raises
     ------
     PipelineError
-        The model's cache cannot be ranked (:func:`pipeline.layout.cache_layout`), or a key, a value, an attention
-        weight or a logit is not finite.
+        The model's cache cannot be ranked (:func:`pipeline.models.layout.cache_layout`), or a key, a value, an
+        attention weight or a logit is not finite.
     """
     layout = cache_layout(model)
 

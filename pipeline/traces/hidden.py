@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.corpora.samples import Sample
 from pipeline.errors import PipelineError
-from pipeline.forward import run_model
-from pipeline.layers import ModelLayer
-from pipeline.layout import cache_layout
+from pipeline.models.forward import run_model
+from pipeline.models.layers import ModelLayer
+from pipeline.models.layout import cache_layout
+from pipeline.samples.sample import Sample
 from pipeline.traces.shards import MANIFEST, TraceReader, as_float16, remove_unfinished, shard_name
 from pipeline.workdir import atomic_write, hash_file, write_json
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from pipeline.benchmarks.metrics import scorer
-from pipeline.corpora.samples import Sample
 from pipeline.errors import PipelineError
+from pipeline.samples.sample import Sample
 
 
 def sample(task: str, metric: str, answers: tuple[str, ...], **meta: list[str]) -> Sample:

@@ -10,10 +10,10 @@ import pipeline.corpora.build as module
 from pipeline.corpora.build import build_longer_samples, build_samples
 from pipeline.errors import PipelineError
 from pipeline.params import LongerParams, RulerParams, load_params
-from tests.corpora import tokenizers as tiny
 from tests.corpora.test_choice import write
 from tests.corpora.test_longbench import params as longbench_params
 from tests.corpora.test_longbench import row as longbench_row
+from tests.samples import tokenizers as tiny
 
 REPOSITORY = Path(__file__).parents[2]
 YARN = {"factor": 4.0, "original_max_position_embeddings": 1024}

@@ -10,7 +10,7 @@ import pytest
 
 from pipeline.corpora.choice import TASKS, Question, build, read_questions
 from pipeline.errors import PipelineError
-from pipeline.models import load_tokenizer
+from pipeline.models.load import load_tokenizer
 from pipeline.params import ChoiceParams, SourceParams
 
 # task -> rows with the hub's columns.

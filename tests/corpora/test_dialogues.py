@@ -9,9 +9,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from pipeline.corpora import dialogues
-from pipeline.corpora.samples import SPLITS, Sample
 from pipeline.errors import PipelineError
 from pipeline.params import DialoguesParams, Params, SplitSizes
+from pipeline.samples.sample import SPLITS, Sample
 
 
 @pytest.fixture(scope="module")

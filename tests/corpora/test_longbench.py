@@ -11,7 +11,7 @@ import pytest
 from pipeline.benchmarks.longbench import METRICS
 from pipeline.corpora.longbench import TASKS, build, read_documents
 from pipeline.errors import PipelineError
-from pipeline.models import load_tokenizer
+from pipeline.models.load import load_tokenizer
 from pipeline.params import LongBenchParams, SourceParams
 from tests.corpora.test_choice import write
 

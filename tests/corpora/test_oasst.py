@@ -9,10 +9,10 @@ import polars as pl
 import pytest
 
 from pipeline.corpora.oasst import Thread, assign_trees, build, english_threads, read_messages
-from pipeline.corpora.samples import SPLITS
 from pipeline.errors import PipelineError
-from pipeline.models import load_tokenizer
+from pipeline.models.load import load_tokenizer
 from pipeline.params import OasstParams, SourceParams, SplitSizes
+from pipeline.samples.sample import SPLITS
 
 WORDS = ("the", "cache", "keeps", "what", "later", "tokens", "look", "at", "and", "forgets", "the", "rest")
 

@@ -1,6 +1,6 @@
 """Rows as other tools leave them: every reader takes a value for what it was, or names file, row and column.
 
-What keeps this is one mechanism, the row models of ``pipeline/corpora/rows.py``; here are inputs that pandas, Excel,
+What keeps this is one mechanism, the row models of ``pipeline/samples/rows.py``; here are inputs that pandas, Excel,
 polars, DuckDB, jq and Windows tools make of the data sets that the readers know.
 """
 
@@ -23,9 +23,9 @@ from pipeline.corpora import dialogues
 from pipeline.corpora.choice import TASKS, read_choice_rows, read_questions
 from pipeline.corpora.longbench import read_documents
 from pipeline.corpora.oasst import english_threads, read_messages
-from pipeline.corpora.rows import read_rows
 from pipeline.corpora.ruler import _checked
 from pipeline.errors import PipelineError
+from pipeline.samples.rows import read_rows
 from tests.corpora.test_choice import HUB_ROWS, PLAIN_ROWS, write
 from tests.corpora.test_dialogues import ROW, source
 from tests.corpora.test_longbench import row as longbench_row

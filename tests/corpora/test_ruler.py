@@ -20,9 +20,9 @@ from transformers import AutoTokenizer
 
 from pipeline.corpora import ruler
 from pipeline.corpora.build import count_pieces
-from pipeline.corpora.samples import SPLITS, Sample
 from pipeline.errors import PipelineError
 from pipeline.params import RULER_TASKS, LongerParams, Params, RulerParams, RulerSizes
+from pipeline.samples.sample import SPLITS, Sample
 
 ANSWERS = {
     "niah_single_1": [" 1234567", ("1234567",)],

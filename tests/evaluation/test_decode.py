@@ -7,7 +7,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.evaluation.decode import EvictedCache, choice_nll, continuation_nll, greedy_decode
 from pipeline.evaluation.sliding import SlidingLayer
-from pipeline.layers import full_attention_layers
+from pipeline.models.layers import full_attention_layers
 from tests.conftest import FAMILIES, MakeModel
 
 PROMPT = torch.arange(60) * 23 % 128

@@ -11,13 +11,13 @@ from ruamel.yaml import YAML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.corpora.samples import Sample, write_samples
 from pipeline.errors import PipelineError
 from pipeline.evaluation.examples import TOKENS_SCHEMA, choose_examples, token_texts
 from pipeline.evaluation.selfcheck import check_model
 from pipeline.eviction.baselines import BASELINES
 from pipeline.params import AgentParams
 from pipeline.policy.agents import Policy, PolicyShape, save_policy
+from pipeline.samples.sample import Sample, write_samples
 from pipeline.workdir import write_json
 from stages.examples import main
 from tests.conftest import MakeModel

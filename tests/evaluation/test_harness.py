@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from pipeline.corpora.choice import TASKS, build
 from pipeline.errors import PipelineError
 from pipeline.evaluation.harness import TOLERANCE, Answered, compare, harness_answers, own_answers
-from pipeline.models import load_model, load_tokenizer
+from pipeline.models.load import load_model, load_tokenizer
 from pipeline.params import EvaluationParams, TracesParams
 from tests.corpora.test_choice import HUB_FILES, HUB_ROWS, PLAIN_ROWS, RENDERED, params, write
 

@@ -6,7 +6,6 @@ import polars as pl
 import pytest
 import torch
 
-from pipeline.corpora.samples import Sample
 from pipeline.evaluation.results import (
     COST_SCHEMA,
     EVALUATION_SCHEMA,
@@ -17,6 +16,7 @@ from pipeline.evaluation.results import (
 )
 from pipeline.evaluation.sweep import COST_GRID, FULL, ORACLE, Costs, Outcome, PolicyKey, ranking_costs
 from pipeline.reporting import tables
+from pipeline.samples.sample import Sample
 
 SAMPLE = Sample("vt-0", "ruler", "vt", "test", (1, 2, 3), 2, None, ("x",), 4, "{}", "string_match")
 LAYERS, KV_HEADS, N = 3, 2, 32

@@ -24,19 +24,19 @@ from transformers import (
     Qwen2Config,
 )
 
-from pipeline.corpora.samples import Sample
 from pipeline.errors import PipelineError
 from pipeline.evaluation.selfcheck import check_model
 from pipeline.evaluation.sweep import FULL, ORACLE, PolicyKey, Sweep
+from pipeline.evaluation.verdict import Verdict, read_verdict, require_readable
 from pipeline.eviction.baselines import BASELINES
-from pipeline.layout import cache_layout
+from pipeline.models.layout import cache_layout
 from pipeline.params import EvaluationParams, TracesParams
+from pipeline.samples.sample import Sample
 from pipeline.traces.capture import capture_sequence
-from pipeline.verdict import Verdict, read_verdict, require_readable
 from pipeline.workdir import write_json
 from tests.conftest import REPOSITORY, MakeModel
-from tests.families import FAMILIES, SIZES, config
-from tests.test_families import sample
+from tests.models.families import FAMILIES, SIZES, config
+from tests.models.test_families import sample
 
 DOCUMENT = REPOSITORY / "docs/MODELS.md"
 HEADER = "| family | class in transformers | what the check says |"

@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from pipeline.corpora.samples import Sample
 from pipeline.errors import PipelineError
 from pipeline.evaluation.sweep import COST_GRID, FULL, ORACLE, Outcome, PolicyKey, Sweep, ranking_costs
 from pipeline.eviction.baselines import BASELINES
-from pipeline.layers import full_attention_layers
-from pipeline.models import head_shape
+from pipeline.models.layers import full_attention_layers
+from pipeline.models.load import head_shape
 from pipeline.params import AgentParams, EvaluationParams, TracesParams
 from pipeline.policy.agents import Policy, PolicyShape
+from pipeline.samples.sample import Sample
 from tests.conftest import FAMILIES, MakeModel
 from tests.eviction.prefills import layer_caches
 

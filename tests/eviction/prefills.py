@@ -5,9 +5,9 @@ from kvpress import BasePress
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pipeline.attention import attention_implementation
 from pipeline.eviction.baselines import OBSERVED_QUERIES, LayerCache
-from pipeline.layers import ModelLayer
+from pipeline.models.attention import attention_implementation
+from pipeline.models.layers import ModelLayer
 
 # Long enough for two lags of LagKV (4 sinks + 2 x 128); no token twice in a row.
 PROMPT = torch.arange(300) * 37 % 125 + 3

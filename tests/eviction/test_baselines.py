@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from pipeline.evaluation.decode import EvictedCache, greedy_decode
 from pipeline.eviction.baselines import BASELINES, OBSERVED_QUERIES, LayerCache
 from pipeline.eviction.budget import gather_tokens, kept_tokens, protected_ranking
-from pipeline.layers import ModelLayer, RankedLayer
+from pipeline.models.layers import ModelLayer, RankedLayer
 from pipeline.traces.capture import ObservedLayer, Tails, run_captured
 from tests.conftest import MakeModel
 from tests.eviction.prefills import PROMPT, compressed, layer_caches, token_indices

@@ -9,14 +9,14 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from pipeline.errors import PipelineError
 from pipeline.eviction.budget import kept_tokens, protected_ranking
 from pipeline.eviction.press import KVPPress
-from pipeline.layers import full_attention_layers
-from pipeline.layout import cache_layout
-from pipeline.models import head_shape
+from pipeline.models.layers import full_attention_layers
+from pipeline.models.layout import cache_layout
+from pipeline.models.load import head_shape
 from pipeline.params import AgentParams
 from pipeline.policy.agents import Policy, PolicyShape, save_policy
 from tests.conftest import MakeModel
 from tests.eviction.prefills import PROMPT, compressed, layer_caches, token_indices
-from tests.families import config
+from tests.models.families import config
 
 AGENT = AgentParams(hidden_width=8, hidden_layers=2, position_features=("position", "age"))
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.evaluation.decode import EvictedCache
-from pipeline.layout import cache_layout
+from pipeline.models.layout import cache_layout
 from pipeline.params import AgentParams, TracesParams
 from pipeline.planning.counts import (
     capture_memory,

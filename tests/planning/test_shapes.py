@@ -7,7 +7,7 @@ import pytest
 from transformers import PretrainedConfig
 
 from pipeline.errors import PipelineError
-from pipeline.models import head_shape
+from pipeline.models.load import head_shape
 from pipeline.params import ModelParams, SourceParams, load_params
 from pipeline.planning.shapes import SHAPES, model_shape
 from tests.conftest import FAMILIES, MakeModel

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.corpora.samples import Sample, Split
 from pipeline.params import LongerParams, Params, RulerParams, SensitivityParams, TracesParams, load_params
+from pipeline.samples.sample import Sample, Split
 from pipeline.sensitivity import capture as module
 from pipeline.sensitivity.capture import capture, count_sequences, longer_samples
 from pipeline.sensitivity.trace_sets import longer_sets, trace_sets

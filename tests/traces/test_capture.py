@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 
 from pipeline.errors import PipelineError
-from pipeline.layers import full_attention_layers
+from pipeline.models.layers import full_attention_layers
 from pipeline.traces.capture import Recorder, capture_attention, capture_sequence, recorded_attention, run_captured
 from tests.conftest import FAMILIES, MakeModel
 

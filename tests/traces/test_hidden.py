@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from pipeline.corpora.samples import Sample, Split
 from pipeline.errors import PipelineError
-from pipeline.layers import full_attention_layers
+from pipeline.models.layers import full_attention_layers
 from pipeline.params import TracesParams
+from pipeline.samples.sample import Sample, Split
 from pipeline.traces.build import build_traces
 from pipeline.traces.hidden import HiddenReader, build_hidden_states, record_hidden_states
 from pipeline.traces.shards import TraceReader

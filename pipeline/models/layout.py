@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
-from pipeline.attention import attention_function, call_active
 from pipeline.errors import PipelineError, one_line
-from pipeline.forward import run_model
-from pipeline.layers import ModelLayer, layer_number, readable_tokens
+from pipeline.models.attention import attention_function, call_active
+from pipeline.models.forward import run_model
+from pipeline.models.layers import ModelLayer, layer_number, readable_tokens
 
 _NAME = "kvp_layout"
 _TOKENS = 3

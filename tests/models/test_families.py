@@ -7,16 +7,16 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from pipeline.corpora.samples import Sample, Split
 from pipeline.evaluation.results import cost_table
 from pipeline.evaluation.sweep import FULL, PolicyKey, Sweep
 from pipeline.eviction.press import KVPPress
-from pipeline.layers import full_attention_layers
-from pipeline.models import head_shape
+from pipeline.models.layers import full_attention_layers
+from pipeline.models.load import head_shape
 from pipeline.params import AgentParams, EvaluationParams, TracesParams, TrainParams
 from pipeline.policy.agents import load_policy
 from pipeline.policy.card import model_card
 from pipeline.policy.train import describe, train_policy
+from pipeline.samples.sample import Sample, Split
 from pipeline.traces.build import build_traces
 from pipeline.traces.shards import TraceReader
 from tests.conftest import FAMILIES, MakeModel

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from pipeline.export import export_model
-from pipeline.gguf_tokenizer import sentencepiece_tokenizer
-from pipeline.models import load_model, load_tokenizer
+from pipeline.models.export import export_model
+from pipeline.models.gguf import sentencepiece_tokenizer
+from pipeline.models.load import load_model, load_tokenizer
 from pipeline.params import load_params
 from pipeline.sources import fetch
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 def reference(text: str, pieces: Mapping[str, int], scores: Mapping[str, float], whole: Sequence[str]) -> list[int]:

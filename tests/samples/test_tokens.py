@@ -13,13 +13,13 @@ from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.corpora import choice, longbench
-from pipeline.corpora.chat import encode, encode_choices, encode_pair, encode_reply, first_token_after
-from pipeline.corpora.rows import Row
 from pipeline.errors import PipelineError
-from pipeline.gguf_tokenizer import sentencepiece_tokenizer
-from tests.corpora import tokenizers as tiny
+from pipeline.models.gguf import sentencepiece_tokenizer
+from pipeline.samples.chat import encode, encode_choices, encode_pair, encode_reply, first_token_after
+from pipeline.samples.rows import Row
 from tests.corpora.test_choice import params, write
 from tests.corpora.test_longbench import params as longbench_params
+from tests.samples import tokenizers as tiny
 
 AROUND = {"nothing": None, "in front": "<s> $A", "behind": "$A </s>", "both": "<s> $A </s>", "two": "<s> $A </s> </s>"}
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
 
-from pipeline.corpora.chat import chat_prompt, encode_reply, end_of_turn, reply_gap, template_settings
 from pipeline.errors import PipelineError
-from tests.corpora import tokenizers as tiny
+from pipeline.samples.chat import chat_prompt, encode_reply, end_of_turn, reply_gap, template_settings
+from tests.samples import tokenizers as tiny
 
 TURNS = [
     {"role": "user", "content": "Rain?"},

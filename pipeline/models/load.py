@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import PipelineError, one_line
-from pipeline.layout import cache_layout
+from pipeline.models.layout import cache_layout
 
 
 def load_model(directory: Path, dtype: str, device: str) -> PreTrainedModel:
@@ -19,7 +19,7 @@ def load_model(directory: Path, dtype: str, device: str) -> PreTrainedModel:
     ------
     PipelineError
         The directory is missing or unreadable, its weights are not those of its config, or the model's cache cannot
-        be ranked (:func:`pipeline.layout.cache_layout`).
+        be ranked (:func:`pipeline.models.layout.cache_layout`).
     """
     if not (directory / "config.json").is_file():
         raise PipelineError(f"{directory} holds no model; run the model stage (dvc repro does) or correct its source.")

@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from pipeline.errors import PipelineError
-from pipeline.export import export_model
-from pipeline.models import end_token_ids, head_shape, load_model, load_tokenizer
+from pipeline.models.export import export_model
+from pipeline.models.load import end_token_ids, head_shape, load_model, load_tokenizer
 from tests.conftest import SIZES, MakeModel
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 SOURCES = sorted(path for package in ("pipeline", "stages") for path in (REPOSITORY / package).rglob("*.py"))
 
 

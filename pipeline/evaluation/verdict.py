@@ -5,8 +5,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from pipeline.corpora.samples import Sample
 from pipeline.errors import PipelineError, one_line
+from pipeline.samples.sample import Sample
 
 
 class Verdict(BaseModel):
@@ -27,7 +27,7 @@ class Verdict(BaseModel):
     vocabulary
         Number of token ids.
     ranked_layers, windows, heads, kv_heads, head_dim
-        The model's cache, see :class:`pipeline.layout.CacheLayout`.
+        The model's cache, see :class:`pipeline.models.layout.CacheLayout`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)

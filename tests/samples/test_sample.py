@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.corpora.samples import SCHEMA, SPLITS, Sample, read_samples, write_samples
 from pipeline.errors import PipelineError
+from pipeline.samples.sample import SCHEMA, SPLITS, Sample, read_samples, write_samples
 
 REPOSITORY = Path(__file__).parents[2]
 SAMPLE = Sample("a", "ruler", "vt", "test", (1, 2, 3), 2, None, ("x", "y"), 30, "{}", "string_match")

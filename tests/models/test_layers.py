@@ -3,7 +3,7 @@
 import pytest
 from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, Phi3Config, PretrainedConfig, Qwen2Config
 
-from pipeline.layers import full_attention_layers
+from pipeline.models.layers import full_attention_layers
 from tests.conftest import SIZES
 
 CONFIGS: dict[str, tuple[PretrainedConfig, tuple[int, ...]]] = {

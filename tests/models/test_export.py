@@ -26,10 +26,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from pipeline import export
 from pipeline.errors import PipelineError
-from pipeline.export import export_model, files_to_export
-from pipeline.models import load_model, load_tokenizer
+from pipeline.models.export import export_model, files_to_export
+from pipeline.models.load import export, load_model, load_tokenizer
 from tests.conftest import SIZES, MakeModel
 
 SIZE = SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -214,11 +213,11 @@ def test_code_beside_an_architecture_of_transformers_is_forgotten(source: Path, 
 def test_nothing_is_asked_on_a_terminal(source: Path, tmp_path: Path) -> None:
     edit(source / "config.json", model_type="my_own", auto_map=OWN["code of another repository"])
     program = (
-        "import sys; from pathlib import Path; from pipeline.export import export_model\n"
+        "import sys; from pathlib import Path; from pipeline.models.export import export_model\n"
         f"try: export_model(Path({str(source)!r}), Path({str(tmp_path / 'out')!r}))\n"
         "except Exception as error: print(type(error).__name__)"
     )
-    repository = Path(__file__).parent.parent
+    repository = Path(__file__).parents[2]
     parent, child = os.openpty()
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=repository, stdin=child, stdout=subprocess.PIPE, text=True, timeout=120,

@@ -8,8 +8,8 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from pipeline.corpora.rows import read_rows, require_columns
 from pipeline.errors import PipelineError
+from pipeline.samples.rows import read_rows, require_columns
 
 # Characters that end a line for str.splitlines but not in JSON lines.
 ROWS = [{"a": 1, "b": "x\u2028y\x85z"}, {"a": 2, "b": "é\n"}]

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.corpora.chat import chat_prompt, encode, encode_reply, end_of_turn, first_token_after
-from pipeline.models import load_tokenizer
+from pipeline.models.load import load_tokenizer
+from pipeline.samples.chat import chat_prompt, encode, encode_reply, end_of_turn, first_token_after
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Language models: exported, loaded, asked for their layout, run."""

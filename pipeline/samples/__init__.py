@@ -1,0 +1,1 @@
+"""Samples: every corpus in one schema."""
