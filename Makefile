@@ -1,5 +1,8 @@
 # make repro             the whole story on the profile in params.yaml
-# make repro PROFILE=ci  copies profiles/ci.yaml to params.yaml first
+# make repro PROFILE=ci  makes params.yaml and studies/params.yaml from profiles/ci.yaml first
+# make studies           the same, then all studies, which dvc repro leaves alone
+# make studies STUDY=latency      one of them: latency or sensitivity; `python -m studies.harness --model MODEL` holds
+#                        the multiple choice against lm-eval's own numbers
 # make ui                MLflow's pages on this computer, and where to look in them; PORT=5000
 # make test              the tests, two files at a time, the longest one first
 # make bench             the benchmarks of speed, one after the other; results in perf/results
@@ -12,16 +15,25 @@ export DVC_NO_ANALYTICS := true
 
 PORT ?= 5000
 
-.PHONY: repro ui test bench gpu
+.PHONY: repro studies ready ui test bench gpu
 repro: $(VENV)/installed
-	$(if $(PROFILE),cp profiles/$(PROFILE).yaml params.yaml)
+	$(if $(PROFILE),python -m stages.profile $(PROFILE))
+	$(MAKE) --no-print-directory ready
+	dvc repro
+	# It has said why. Everything was computed, so this is no failure of the run.
+	python -m stages.track || { test $$? -eq 1 && echo "The results are complete; only MLflow lacks them." >&2; }
+
+# A DVC project of its own, see studies/dvc.yaml.
+studies: repro
+	$(MAKE) --no-print-directory --directory studies --file ../Makefile ready
+	cd studies && dvc repro $(STUDY)
+
+# Of the DVC project in the current folder.
+ready:
 	# A copy of the files without their repository: DVC must not look for one.
 	git rev-parse --git-dir >/dev/null 2>&1 || dvc config --local core.no_scm true
 	# A kill while DVC writes dvc.lock leaves a part of it, which DVC refuses; its cache of finished runs has the rest.
 	! dvc stage list 2>&1 | grep -q "^'./dvc.lock'" || mv dvc.lock dvc.lock.damaged
-	dvc repro
-	# It has said why. Everything was computed, so this is no failure of the run.
-	python -m stages.track || { test $$? -eq 1 && echo "The results are complete; only MLflow lacks them." >&2; }
 
 ui: $(VENV)/installed
 	python -m stages.ui --port $(PORT)

@@ -18,15 +18,18 @@ import polars as pl
 
 from perf.measure import write_result
 from pipeline.errors import PipelineError
-from pipeline.params import TrainParams, load_params
-from pipeline.policy.train import CURVES_FILE, describe, train_policy
+from pipeline.policy.estimators.base import ESTIMATORS, Estimator
+from pipeline.policy.train import CURVES_FILE, TrainParams, describe, train_policy
+from pipeline.section import read
 from pipeline.traces.shards import TraceReader
 
 # Of train.learning_rate: at ten times it, so few steps get further.
 RATE_FACTORS = (1, 10)
 
 
-def train(estimator: str, readers: list[TraceReader], params: TrainParams, device: str) -> tuple[pl.DataFrame, float]:
+def train(
+    estimator: Estimator, readers: list[TraceReader], params: TrainParams, device: str
+) -> tuple[pl.DataFrame, float]:
     """Mean held-out cost by number of steps, and mean seconds of a step without validation."""
     marks: list[tuple[float, bool]] = []
 
@@ -45,10 +48,11 @@ def train(estimator: str, readers: list[TraceReader], params: TrainParams, devic
 def compare(readers: list[TraceReader], params: TrainParams, device: str) -> dict[str, Any]:
     """Train with both estimators; says what each needs to the least cost that rloo reaches."""
     costs, seconds = {}, {}
-    for estimator in ("rloo", "exact"):
-        costs[estimator], seconds[estimator] = train(estimator, readers, params, device)
-        print(f"{estimator:5s}  {seconds[estimator]:.3f} s per step; held-out cost by step:")
-        print("       " + ", ".join(f"{row['steps']}: {row['cost']:.3f}" for row in costs[estimator].to_dicts()))
+    for name in ("rloo", "exact"):
+        estimator = read(f"estimators.{name}", ESTIMATORS.load(name))
+        costs[name], seconds[name] = train(estimator, readers, params, device)
+        print(f"{name:5s}  {seconds[name]:.3f} s per step; held-out cost by step:")
+        print("       " + ", ".join(f"{row['steps']}: {row['cost']:.3f}" for row in costs[name].to_dicts()))
     target = costs["rloo"]["cost"].min()
     needed = {name: curve.filter(pl.col("cost") <= target)["steps"].min() for name, curve in costs.items()}
     row = {
@@ -81,7 +85,7 @@ def main() -> None:
     parser.add_argument("--validate-every", type=int, default=10)
     arguments = parser.parse_args()
     shortened = {"steps": arguments.steps, "validate_every": arguments.validate_every, "checkpoint_every": 10**6}
-    params = load_params().train.model_copy(update=shortened)
+    params = read("train", TrainParams).model_copy(update=shortened)
     try:
         readers = [TraceReader(arguments.traces, split, 4 << 30, arguments.layers) for split in ("train", "validation")]
     except PipelineError as error:

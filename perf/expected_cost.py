@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from perf.measure import interleaved, median_ratio, write_result
-from pipeline.policy.pairs import NODES, SPACING, direct_sums, grid_sums
+from pipeline.policy.estimators.exact import NODES, SPACING, direct_sums, grid_sums
 
 # Tokens, heads, repeats.
 SIZES = [(1024, 8, 5), (4500, 2, 5), (32768, 1, 1)]

@@ -19,17 +19,18 @@ from torch import Tensor
 
 from perf.measure import write_result
 from perf.trace_reading import TimedQueue
-from pipeline.params import AgentParams, load_params
 from pipeline.planning.counts import step_work
 from pipeline.planning.devices import DEVICES
 from pipeline.policy import train
-from pipeline.policy.agents import PolicyShape
-from pipeline.policy.train import describe, draw_cut, train_policy
+from pipeline.policy.agents import AgentParams, PolicyShape
+from pipeline.policy.estimators.base import ESTIMATORS
+from pipeline.policy.train import TrainParams, describe, draw_cut, train_policy
+from pipeline.section import read
 from pipeline.traces.shards import SequenceInfo, TraceReader, TraceShape
 
 STEPS, TOKENS = 4000, 4500
 SHAPE = TraceShape("Qwen2.5-7B-Instruct", "random", layers=28, kv_heads=4, head_dim=128, block_size=64)
-AGENT = AgentParams(hidden_width=256, hidden_layers=2, position_features=("position",))
+AGENT = AgentParams(hidden_width=256, hidden_layers=2, inputs=("key", "value", "position"))
 
 
 class RandomTraces:
@@ -65,7 +66,8 @@ def main() -> None:
         reader, validation = RandomTraces(arguments.tokens, 2), RandomTraces(2 * SHAPE.block_size, 1)
     steps = warm_up + timed
     changes = {"agent": AGENT, "steps": steps + 1, "validate_every": steps + 1, "checkpoint_every": steps + 1}
-    params = load_params().train.model_copy(update=changes)
+    params = read("train", TrainParams).model_copy(update=changes)
+    estimator = read(f"estimators.{arguments.estimator}", ESTIMATORS.load(arguments.estimator))
     marks: list[tuple[float, float]] = []
     train.Queue = TimedQueue  # type: ignore[misc,assignment]
 
@@ -75,8 +77,8 @@ def main() -> None:
         marks.append((time.perf_counter(), TimedQueue.waited))
 
     with tempfile.TemporaryDirectory() as work:
-        config = describe(params, reader, arguments.estimator)
-        train_policy(Path(work), reader, validation, arguments.estimator, params, config, device, advance)
+        config = describe(params, reader, estimator)
+        train_policy(Path(work), reader, validation, estimator, params, config, device, advance)
     # The first mark is before the first step; the last step validates and is left out.
     seconds, waited = (after - before for after, before in zip(marks[steps], marks[warm_up], strict=True))
     tokens = sum(draw_cut(reader, params, step).cache_size for step in range(warm_up, steps))
@@ -85,7 +87,7 @@ def main() -> None:
     projected = STEPS * seconds / tokens * mean_tokens
 
     shape = PolicyShape(reader.shape.layers, reader.shape.kv_heads, reader.shape.head_dim, params.agent)
-    work = step_work(shape, arguments.estimator, params.rloo_samples, longest, reader.shape.block_size)
+    work = step_work(shape, estimator, longest, reader.shape.block_size)
     transfer = 2 * shape.heads * shape.channels * mean_tokens
     h100 = STEPS * work.seconds(DEVICES["h100"], "float32")
     name = "CPU" if on_cpu else torch.cuda.get_device_name(device)

@@ -13,12 +13,11 @@ import typer
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from perf.measure import benchmark_model, write_result
-from pipeline.evaluation.latency import measure_latency
 from pipeline.models.load import head_shape
-from pipeline.params import AgentParams
-from pipeline.policy.agents import Policy, PolicyShape
+from pipeline.policy.agents import AgentParams, Policy, PolicyShape
+from studies.latency.measure import measure_latency
 
-AGENT = AgentParams(hidden_width=256, hidden_layers=2, position_features=("position",))
+AGENT = AgentParams(hidden_width=256, hidden_layers=2, inputs=("key", "value", "position"))
 
 
 def qwen_layer(dtype: torch.dtype, device: str) -> PreTrainedModel:

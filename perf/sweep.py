@@ -24,23 +24,30 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from perf.measure import benchmark_model, interleaved, median_ratio, wait, write_result
-from pipeline.corpora import ruler
+from pipeline.benchmarks.base import AllSizes
+from pipeline.benchmarks.base_making import make_samples
+from pipeline.benchmarks.ruler import Ruler
 from pipeline.evaluation.decode import greedy_decode
-from pipeline.evaluation.sweep import FULL, ORACLE, PolicyKey, Sweep
-from pipeline.eviction.baselines import BASELINES, LayerCache
-from pipeline.eviction.budget import gather_tokens, kept_tokens, protected_ranking
+from pipeline.evaluation.evict import evict
+from pipeline.evaluation.sweep import Sweep
+from pipeline.eviction.baselines.base import OBSERVED_QUERIES, Baseline, LayerCache
+from pipeline.eviction.budget import EvaluationParams, gather_tokens, kept_tokens, protected_ranking
+from pipeline.eviction.rankers import make_rankers
 from pipeline.models.load import head_shape, load_tokenizer
-from pipeline.params import AgentParams, EvaluationParams, RulerParams, RulerSizes, TracesParams, load_params
-from pipeline.policy.agents import Policy, PolicyShape
+from pipeline.policy.agents import AgentParams, Policy, PolicyShape
 from pipeline.samples.sample import Sample
-from pipeline.sources import fetch
+from pipeline.section import read
+from pipeline.sources.pins import SourceParams
+from pipeline.tables import FULL, ORACLE, PolicyKey
+from pipeline.traces.importance import TracesParams
 
 BUDGETS = (48, 64, 96, 128, 192, 256, 384, 512)
 NEW_TOKENS = 32
+DEFAULT = Path("profiles/default.yaml")
 TASK = "niah_multiquery"
 SEED = 0
 # Policy -> how many of the last queries it looks at.
-OBSERVED = {"snapkv": SnapKVPress.window_size, "tova": 1}
+OBSERVED = {"snapkv": OBSERVED_QUERIES, "tova": 1}
 
 
 @dataclass
@@ -100,7 +107,7 @@ def whole_sweep(sweep: Sweep, sample: Sample) -> tuple[dict[tuple[PolicyKey, int
         key: protected_ranking(found, sweep.evaluation.n_sink, sweep.evaluation.n_recent)
         for key, found in scores.items()
     }
-    cache, rows = sweep.evict(prefill, rankings, NEW_TOKENS)
+    cache, rows = evict(prefill, rankings, sweep.budgets, sweep.layout.windows, NEW_TOKENS)
     wait(device)
     evicted = time.perf_counter()
     last = sample.context_len - 1
@@ -118,19 +125,20 @@ def whole_sweep(sweep: Sweep, sample: Sample) -> tuple[dict[tuple[PolicyKey, int
 
 def make_sample(length: int, model_directory: Path) -> Sample:
     """The test sample of one RULER task at ``length`` tokens."""
-    params = load_params(Path("profiles/default.yaml")).corpora["ruler"]
-    assert isinstance(params, RulerParams)
-    changed = {"tasks": (TASK,), "length": length, "samples": RulerSizes(train=1, validation=1, test=1)}
+    sources = read("sources", dict[str, SourceParams], DEFAULT)
+    params = read("benchmarks.ruler.samples", Ruler, DEFAULT)
+    changed = {"tasks": (TASK,), "length": length, "sizes": AllSizes(train=1, validation=1, test=1)}
     params = params.model_copy(update=changed)
+    of_ruler = {role: sources[name] for role, name in params.sources.items()}
     with tempfile.TemporaryDirectory() as work:
-        sources = fetch(params.source), fetch(params.sentence_splitter)
-        return ruler.build(params, "ruler", *sources, model_directory, Path(work))["test"][0]
+        samples, _ = make_samples(params, "ruler", model_directory, of_ruler, Path(work))
+        return samples["test"][0]
 
 
 def random_sample(length: int, vocabulary: int) -> Sample:
     """A context of random tokens, and one token behind it."""
     ids = torch.randint(vocabulary, (length + 1,), generator=torch.Generator().manual_seed(SEED)).tolist()
-    return Sample("random", "random", "random", "test", tuple(ids), length, None, ("",), NEW_TOKENS, "{}", "nll")
+    return Sample("random", "random", "random", "test", tuple(ids), length, None, ("",), NEW_TOKENS, "{}", ("text",))
 
 
 def compare(
@@ -189,7 +197,7 @@ def main(
     model = benchmark_model(random, model_directory, device, dtype)
     evaluation = EvaluationParams(budgets=BUDGETS, n_sink=4, n_recent=16, seed=SEED)
     traces = TracesParams(block_size=64, query_chunk=256, sequences_per_shard=1)
-    agent = AgentParams(hidden_width=256, hidden_layers=2, position_features=("position", "age"))
+    agent = AgentParams(hidden_width=256, hidden_layers=2, inputs=("key", "value", "position", "age"))
     shape = PolicyShape(*head_shape(model), agent)
     # Untrained agents rank as fast as trained ones.
     policies = {
@@ -198,11 +206,12 @@ def main(
     }
     # Only RULER's text needs a tokenizer.
     tokenizer = cast(PreTrainedTokenizerBase, None) if random else load_tokenizer(model_directory)
-    sweep = Sweep(model, tokenizer, policies, evaluation, traces, BUDGETS)
+    rankers = make_rankers(read("baselines", dict[str, Baseline], DEFAULT))
+    sweep = Sweep(model, tokenizer, policies, rankers, evaluation, traces, BUDGETS)
     scores: dict[PolicyKey, Callable[[LayerCache], Tensor]] = {
         key: lambda cache, policy=policy: policy(cache.keys, cache.values, layer=cache.number)
         for key, policy in policies.items()
-    } | {PolicyKey(name): score for name, score in BASELINES.items()}
+    } | {PolicyKey(name): ranker for name, ranker in rankers.items()}
     found = {}
     for length in map(int, lengths.split(",")):
         sample = random_sample(length, model.config.vocab_size) if random else make_sample(length, model_directory)
@@ -213,7 +222,7 @@ def main(
         found[str(length)] = row = compare(sweep, sample, scores, pairs, turns)
         parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in row["sweep_parts"].items())
         print(
-            f"{sample.corpus} {sample.task}, {sample.context_len} tokens, {len(scores)} policies x {len(BUDGETS)} "
+            f"{sample.benchmark} {sample.task}, {sample.context_len} tokens, {len(scores)} policies x {len(BUDGETS)} "
             f"budgets, {NEW_TOKENS} tokens: sweep {row['sweep_seconds']:.1f} s ({parts}), a prefill and a decode per "
             f"pair {row['per_pair_seconds']:.0f} s ({len(pairs)} pairs measured), ratio {row['ratio']:.1f} "
             f"({row['lowest_ratio']:.1f} to {row['highest_ratio']:.1f}); {row['equal_texts']} of {len(pairs)} texts "

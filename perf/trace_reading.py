@@ -21,14 +21,15 @@ import torch
 
 from perf.measure import interleaved, median_ratio, write_result
 from perf.trace_size import MODELS, random_layer
-from pipeline.params import load_params
+from pipeline.files import hash_file
 from pipeline.policy import train
+from pipeline.policy.estimators.base import ESTIMATORS
+from pipeline.section import read
 from pipeline.traces.shards import TraceReader, TraceShape, write_manifest, write_shard
-from pipeline.workdir import hash_file
 
 HEADS = MODELS[0]
 BLOCK_SIZE = 64  # of the default profile
-ESTIMATORS: tuple[train.Estimator, ...] = ("exact", "rloo")
+COMPARED = ("exact", "rloo")
 
 
 def write_traces(root: Path, layers: int, shards: int, sequences: int) -> None:
@@ -81,11 +82,11 @@ class TimedQueue(Queue[Any]):
 
 def measure_waiting(root: Path, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """estimator -> seconds of training after its first step, and how many of them its loop waited for data."""
-    params = load_params(Path("params.yaml")).train
+    params = read("train", train.TrainParams)
     params = params.model_copy(update={"steps": arguments.steps, "validate_every": arguments.steps})
     train.Queue = TimedQueue  # type: ignore[misc,assignment]
     results = {}
-    for estimator in ESTIMATORS:
+    for name in COMPARED:
         reader, validation = (TraceReader(root, split, arguments.cache_bytes) for split in ("train", "validation"))
         marks: list[tuple[float, float]] = []
         with tempfile.TemporaryDirectory() as work:
@@ -93,7 +94,7 @@ def measure_waiting(root: Path, arguments: argparse.Namespace) -> dict[str, dict
                 Path(work),
                 reader,
                 validation,
-                estimator,
+                read(f"estimators.{name}", ESTIMATORS.load(name)),
                 params,
                 {},
                 arguments.device,
@@ -102,8 +103,8 @@ def measure_waiting(root: Path, arguments: argparse.Namespace) -> dict[str, dict
         # The last mark follows a validation; the second one the first step, which also fills the queue.
         (started, before), (ended, after) = marks[1], marks[-2]
         total, waited = ended - started, after - before
-        results[estimator] = {"seconds": total, "waited": waited, "share": waited / total}
-        print(f"{estimator}: {len(marks) - 3} steps in {total:.1f} s, of which {100 * waited / total:.2f}% waiting")
+        results[name] = {"seconds": total, "waited": waited, "share": waited / total}
+        print(f"{name}: {len(marks) - 3} steps in {total:.1f} s, of which {100 * waited / total:.2f}% waiting")
     return results
 
 
@@ -115,7 +116,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=12, help="per shard")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--scratch", type=Path, help="where to write random traces; the system's choice by default")
-    parser.add_argument("--traces", type=Path, help="real traces of one corpus, to train on")
+    parser.add_argument("--traces", type=Path, help="real traces of one benchmark, to train on")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--cache-bytes", type=int, default=0, help="0: every sequence is read from its files again")
     parser.add_argument("--threads", type=int, default=1, help="more of them wait for each other on a busy machine")

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from perf.measure import interleaved, median_ratio, write_result
-from pipeline.params import load_params
 from pipeline.planning.counts import training_flops
 from pipeline.policy.agents import Policy, PolicyShape
-from pipeline.policy.train import clip_gradients, compute_gradients, draw_uniform, loss_function
+from pipeline.policy.estimators.base import ESTIMATORS
+from pipeline.policy.train import TrainParams, clip_gradients, compute_gradients, draw_uniform
+from pipeline.section import read
 
 LAYERS, KV_HEADS, HEAD_DIM = 30, 3, 64
 
@@ -72,7 +73,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print the operators of one stacked step")
     arguments = parser.parse_args()
     device, tokens = arguments.device, arguments.tokens
-    params = load_params().train
+    params = read("train", TrainParams)
     shape = PolicyShape(LAYERS, KV_HEADS, HEAD_DIM, params.agent)
     generator = torch.Generator().manual_seed(0)
     size = (shape.heads, tokens, HEAD_DIM)
@@ -85,12 +86,15 @@ def main() -> None:
         f"{limit:.3f} s"
     )
     rows = []
-    for estimator in ("exact", "rloo"):
+    for name in ("exact", "rloo"):
+        estimator = read(f"estimators.{name}", ESTIMATORS.load(name))
         policy = Policy(shape, torch.Generator().manual_seed(1)).to(device)
         loop = Loop(policy, params.learning_rate)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=params.learning_rate, fused=True)
         uniform = draw_uniform(estimator, params, 0, shape.heads, tokens).to(device)
-        loss_of = loss_function(estimator, importance, uniform)
+
+        def loss_of(scores: Tensor, heads: slice, estimator=estimator, uniform=uniform) -> Tensor:
+            return estimator.loss(scores, importance[heads], uniform[:, heads])
 
         def stacked(policy=policy, optimizer=optimizer, loss_of=loss_of) -> None:
             compute_gradients(policy, keys, values, loss_of)
@@ -109,13 +113,13 @@ def main() -> None:
         ratio, lowest, highest = median_ratio(seconds["loop"], seconds["stacked"])
         best = {name: min(times) for name, times in seconds.items()}
         print(
-            f"{estimator:5s}  stacked {best['stacked']:.3f} s, loop {best['loop']:.3f} s, ratio {ratio:.2f} "
+            f"{name:5s}  stacked {best['stacked']:.3f} s, loop {best['loop']:.3f} s, ratio {ratio:.2f} "
             f"({lowest:.2f} to {highest:.2f}); products alone would give {best['loop'] / limit:.2f}; gradients "
             f"differ by {gradient_error:.1e} of their norm"
         )
         rows.append(
             {
-                "estimator": estimator,
+                "estimator": name,
                 "seconds": seconds,
                 "ratio": ratio,
                 "lowest_ratio": lowest,

@@ -1,5 +1,6 @@
 """What every stage shares: the error boundary, logging, progress bars, run-time options."""
 
+import functools
 import logging
 import os
 import signal
@@ -15,15 +16,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipeline.errors import PipelineError
-from pipeline.workdir import is_disk_full
+from pipeline.files import is_disk_full
 
 ModelOption = Annotated[str, typer.Option(help="Name of a model in params.yaml.")]
-CorpusOption = Annotated[str, typer.Option(help="Name of a corpus in params.yaml.")]
+BenchmarkOption = Annotated[str, typer.Option(help="Name of a benchmark in params.yaml.")]
+TrainedOnOption = Annotated[str, typer.Option(help="Name of the benchmark in params.yaml that is learned from.")]
 DeviceOption = Annotated[str, typer.Option(envvar="KVP_DEVICE", help="Where to compute: cpu, cuda, cuda:1, ...")]
 
 
-def run(command: Callable[..., None]) -> None:
-    """Run ``command`` as a command line; a PipelineError becomes one sentence on stderr and exit code 1."""
+def run(*commands: Callable[..., None], checked: bool = True) -> None:
+    """Run a command line, several ``commands`` by their names; a PipelineError becomes one sentence and exit code 1.
+
+    ``checked``: the whole of params.yaml is read before it starts, so that a typo anywhere stops the first stage.
+    """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     # Warnings of libraries about their own internals are not this user's business; errors still show.
     for library in ("transformers", "httpx", "huggingface_hub", "alembic", "kvpress"):
@@ -32,7 +37,8 @@ def run(command: Callable[..., None]) -> None:
         # Bars of libraries would fill a log file with carriage returns. Read when tqdm is imported.
         os.environ.setdefault("TQDM_DISABLE", "1")
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command)
+    for command in commands:
+        app.command()(_with_checked_params(command) if checked else command)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the shell ignores it
         signal.signal(signal.SIGINT, _interrupt)
         sys.unraisablehook = _report_unraisable
@@ -63,6 +69,17 @@ def run(command: Callable[..., None]) -> None:
     if code == 130:
         print("interrupted; run again to continue where it stopped.", file=sys.stderr)  # noqa: T201
     sys.exit(code)
+
+
+def _with_checked_params(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def with_checked_params(**options: object) -> None:
+        from pipeline.params import load_params
+
+        load_params()
+        command(**options)
+
+    return with_checked_params
 
 
 _interrupted = threading.Event()

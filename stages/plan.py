@@ -1,26 +1,30 @@
 """What a run will cost, before anything is fetched or computed. It is no stage of dvc.yaml."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from stages import _paths
 from stages._app import run
 
 
-def plan(
-    params_file: Annotated[Path, typer.Option("--params", help="The params file.")] = Path("params.yaml"),
+def main(
+    profile: Annotated[str, typer.Option(help="Plan this profile instead of params.yaml, which stays as it is.")] = "",
     device: Annotated[str, typer.Option(help="cpu, or a device that the plan has rates of.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, in seconds and bytes.")] = False,
 ) -> None:
     """Print time, disk, memory and tokens of every stage, and what was assumed."""
     import json
 
-    from pipeline.params import load_params
+    from pipeline.params import check_params
     from pipeline.planning.plan import make_plan
     from pipeline.planning.table import print_plan
+    from pipeline.profiles import PROFILES, render
+    from pipeline.section import PARAMS, parse, parse_text
 
-    made = make_plan(load_params(params_file), device, Path("models"))
+    file = PROFILES / f"{profile}.yaml" if profile else PARAMS
+    tree = parse_text(render(profile).params, file) if profile else parse()
+    made = make_plan(check_params(tree, file), device, _paths.model())
     if as_json:
         typer.echo(json.dumps(made.as_json(), indent=1))
     else:
@@ -28,4 +32,4 @@ def plan(
 
 
 if __name__ == "__main__":
-    run(plan)
+    run(main, checked=False)

@@ -1,65 +1,59 @@
-"""Draw the figures and write the page: reports/figures/*.png and reports/index.html."""
+"""Stage `report`: draw the figures and write the page."""
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
+from stages import _paths
 from stages._app import run
 
-REPORTS = Path("reports")
 
+def main() -> None:
+    """Write reports/figures/*.png and the self-contained reports/index.html."""
+    from itertools import product
+    from typing import Any
 
-def report(
-    results: Annotated[Path, typer.Option(help="Where the results stage wrote.")] = Path("results"),
-    policies: Annotated[Path, typer.Option(help="Where the train stage wrote.")] = Path("policies"),
-    samples: Annotated[Path, typer.Option(help="Where the samples stage wrote.")] = Path("samples"),
-    models: Annotated[Path, typer.Option(help="Where the model stage wrote.")] = Path("models"),
-    examples: Annotated[Path, typer.Option(help="Where the examples stage wrote.")] = Path("examples"),
-    checks: Annotated[Path, typer.Option(help="Where the check stage wrote.")] = Path("checks"),
-    params_file: Annotated[Path, typer.Option("--params", help="The params file.")] = Path("params.yaml"),
-) -> None:
-    """Show the results as figures and one self-contained page."""
-    from pipeline.params import load_params
-    from pipeline.reporting import figures, page, tables, tokens
-    from pipeline.workdir import publish, work_directory, write_text
+    from pipeline.benchmarks.base import read_benchmark
+    from pipeline.closure import Code
+    from pipeline.files import write_text
+    from pipeline.matrix import MatrixParams
+    from pipeline.models.params import ModelParams
+    from pipeline.reporting import figures, page, text_figures
+    from pipeline.reporting.drawing import save_all
+    from pipeline.reporting.numbers import make_numbers
+    from pipeline.reporting.params import ReportParams, ShownAs
+    from pipeline.reporting.read import read_curves, read_prompts, read_records, read_table
+    from pipeline.reporting.run import Run
+    from pipeline.reporting.styles import Styles
+    from pipeline.reporting.texts import page_block, read_texts
+    from pipeline.section import Budgets, read
+    from pipeline.tables import COST, EVALUATION
+    from pipeline.work import publish, work_directory
 
-    params = load_params(params_file)
-    evaluation = tables.read_table(results / "evaluation.parquet", tables.EVALUATION_COLUMNS)
-    cost = tables.read_table(results / "cost.parquet", tables.COST_COLUMNS)
-    training = tables.training_table(tables.read_curves(policies, params.matrix))
-    normalised = tables.normalised_costs(cost, evaluation)
-    files = {
-        (model, corpus): samples / model / corpus / "test.parquet"
-        for model in params.matrix.model
-        for corpus in params.matrix.benchmark
-    }
-    numbers = page.Numbers(
-        scores=tables.score_table(evaluation, params.report),
-        tasks=tables.task_table(evaluation, params.report),
-        score_differences=tables.score_difference_table(evaluation, params.report),
-        costs=tables.cost_table(normalised, params.report),
-        cost_differences=tables.cost_difference_table(normalised, params.report),
-        steps=tables.steps_table(training),
-        prompts=tables.prompt_table({entry: path for entry, path in files.items() if path.is_file()}),
-    )
-    drawings = figures.drawings(
-        figures.Tables(numbers.scores, numbers.tasks, tables.cost_curves(cost), training), params
-    )
-    texts = tokens.read_texts(examples, samples, params.matrix)
-    budget = params.evaluation.budgets[len(params.evaluation.budgets) // 2]
-    drawings += tokens.drawings(texts, budget, params.report)
-    drawings.sort(key=lambda drawing: drawing.file)
-    block = tokens.page_block(texts, budget, params.report)
-
-    identity = {"matrix": params.matrix.model_dump(mode="json"), "report": params.report.model_dump(mode="json")}
-    work = work_directory("report", identity, [results, examples])
-    drawn = [(drawing, figures.save(drawing, work / "figures")) for drawing in drawings]
-    recorded = page.recorded_sources(models, samples, checks, params)
-    write_text(work / "index.html", page.render(params, numbers, drawn, recorded, block))
-    publish(work / "index.html", REPORTS / "index.html")
-    publish(work / "figures", REPORTS / "figures")
+    matrix, report = read("matrix", MatrixParams), read("report", ReportParams)
+    shown = {name: read(f"benchmarks.{name}.shown", ShownAs) for name in matrix.benchmark}
+    baselines = {name: entry["sees_attention"] for name, entry in read("baselines", dict[str, Any]).items()}
+    styles = Styles(matrix.trained_on, matrix.estimator, shown, baselines, report.titles)
+    models = read("models", dict[str, ModelParams])
+    benchmarks = {name: read_benchmark(name) for name in matrix.benchmark}
+    budgets = read("evaluation.budgets", Budgets)
+    protected = (read("evaluation.n_sink", int), read("evaluation.n_recent", int))
+    steps, learning_rate = read("train.steps", int), read("train.learning_rate", float)
+    this = Run(matrix, report, styles, models, benchmarks, budgets, protected, steps, learning_rate)
+    evaluation = read_table(_paths.RESULTS / "evaluation.parquet", EVALUATION)
+    cost = read_table(_paths.RESULTS / "cost.parquet", COST)
+    policies = product(matrix.model, matrix.trained_on, matrix.estimator)
+    curves = read_curves({policy: _paths.policy(*policy) / "curves.parquet" for policy in policies})
+    prompts = {pair: _paths.samples(*pair, "test") for pair in product(matrix.model, matrix.benchmark)}
+    tokens = {pair: _paths.texts(*pair) / "tokens.parquet" for pair in product(matrix.model, matrix.trained_on)}
+    records = {f"model {name}": _paths.model(name) / "source.json" for name in matrix.model}
+    records |= {f"check {name}": _paths.check(name) for name in matrix.model}
+    records |= {f"data {name}": _paths.samples(matrix.model[0], name) / "source.json" for name in matrix.benchmark}
+    numbers = make_numbers(evaluation, cost, curves, this)
+    texts = read_texts(tokens, prompts, styles)
+    work = work_directory("report", {}, [], Code(__file__))
+    drawn = save_all(figures.drawings(numbers, this) + text_figures.drawings(texts, this), work / "figures")
+    html = page.render(this, numbers, read_prompts(prompts), drawn, read_records(records), page_block(texts, this))
+    write_text(work / "index.html", html)
+    publish(work / "index.html", _paths.REPORTS / "index.html")
+    publish(work / "figures", _paths.REPORTS / "figures")
 
 
 if __name__ == "__main__":
-    run(report)
+    run(main)

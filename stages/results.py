@@ -1,54 +1,59 @@
-"""Merge the evaluations of the matrix into results/, and write what DVC compares (metrics/, plots/)."""
+"""Stage `results`: merge the scores of the matrix into results/, and write what DVC compares (metrics/, plots/)."""
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
+from stages import _paths
 from stages._app import run
 
-RESULTS = Path("results")
-METRICS = Path("metrics")
-PLOTS = Path("plots")
 
+def main() -> None:
+    """Write results/{evaluation,cost}.parquet, metrics/*.json and plots/*.csv."""
+    from itertools import product
+    from typing import Any
 
-def results(
-    evaluations: Annotated[Path, typer.Option(help="Where the evaluate stage wrote.")] = Path("evaluations"),
-    policies: Annotated[Path, typer.Option(help="Where the train stage wrote.")] = Path("policies"),
-    params_file: Annotated[Path, typer.Option("--params", help="The params file.")] = Path("params.yaml"),
-) -> None:
-    """Merge the evaluation tables and write metrics and plots for DVC."""
-    from pipeline.params import load_params
-    from pipeline.reporting import summaries, tables
-    from pipeline.workdir import atomic_write, publish, work_directory, write_json
+    from pipeline.closure import Code
+    from pipeline.files import atomic_write, write_json
+    from pipeline.matrix import MatrixParams
+    from pipeline.reporting import aggregate, summaries
+    from pipeline.reporting.params import ReportParams, ShownAs
+    from pipeline.reporting.read import read_curves, read_tables
+    from pipeline.reporting.styles import Styles
+    from pipeline.section import read
+    from pipeline.tables import COST, EVALUATION
+    from pipeline.work import publish, work_directory
 
-    params = load_params(params_file)
-    evaluation = tables.read_evaluations(evaluations, params.matrix)
-    cost = tables.read_costs(evaluations, params.matrix)
-    training = tables.training_table(tables.read_curves(policies, params.matrix))
-    scores = tables.score_table(evaluation, params.report)
-    costs = tables.cost_table(tables.normalised_costs(cost, evaluation), params.report)
-
-    work = work_directory("results", {"matrix": params.matrix.model_dump(mode="json")}, [])
+    matrix, report = read("matrix", MatrixParams), read("report", ReportParams)
+    shown = {name: read(f"benchmarks.{name}.shown", ShownAs) for name in matrix.trained_on}
+    baselines = {name: entry["sees_attention"] for name, entry in read("baselines", dict[str, Any]).items()}
+    styles = Styles(matrix.trained_on, matrix.estimator, shown, baselines, report.titles)
+    pairs = list(product(matrix.model, matrix.benchmark))
+    policies = product(matrix.model, matrix.trained_on, matrix.estimator)
+    # Only entries of the matrix are read: what a dropped one has left on disk must not reach a report.
+    evaluation = read_tables([_paths.scores(*pair) for pair in pairs], EVALUATION)
+    cost = read_tables([_paths.answers(*pair) / "cost.parquet" for pair in pairs], COST)
+    training = aggregate.training_table(read_curves({it: _paths.policy(*it) / "curves.parquet" for it in policies}))
+    scores = aggregate.score_table(evaluation, report)
+    costs = aggregate.cost_table(aggregate.normalised_costs(cost, evaluation), report)
+    work = work_directory("results", {}, [], Code(__file__))
     for name, frame in (("evaluation", evaluation), ("cost", cost)):
-        with atomic_write(work / RESULTS / f"{name}.parquet") as temporary:
+        with atomic_write(work / _paths.RESULTS / f"{name}.parquet") as temporary:
             frame.write_parquet(temporary)
-    write_json(work / METRICS / "scores.json", summaries.score_metrics(scores))
-    write_json(work / METRICS / "cost.json", summaries.cost_metrics(costs))
-    write_json(work / METRICS / "training.json", summaries.training_metrics(training, tables.steps_table(training)))
+    write_json(work / _paths.METRICS / "scores.json", summaries.score_metrics(scores))
+    write_json(work / _paths.METRICS / "cost.json", summaries.cost_metrics(costs))
+    write_json(
+        work / _paths.METRICS / "training.json", summaries.training_metrics(training, aggregate.steps_table(training))
+    )
     plots = {
-        "accuracy_vs_budget": summaries.score_plot(scores, "accuracy"),
-        "perplexity_vs_budget": summaries.score_plot(scores, "perplexity"),
-        "cost_vs_budget": summaries.cost_plot(tables.cost_curves(cost)),
+        "accuracy_vs_budget": summaries.score_plot(scores, "accuracy", styles),
+        "perplexity_vs_budget": summaries.score_plot(scores, "perplexity", styles),
+        "cost_vs_budget": summaries.cost_plot(aggregate.cost_curves(cost), styles),
         "training_curves": summaries.training_plot(training),
     }
     for name, frame in plots.items():
-        with atomic_write(work / PLOTS / f"{name}.csv") as temporary:
+        with atomic_write(work / _paths.PLOTS / f"{name}.csv") as temporary:
             frame.write_csv(temporary)
-    for folder in (RESULTS, METRICS, PLOTS):
+    for folder in (_paths.RESULTS, _paths.METRICS, _paths.PLOTS):
         for file in sorted((work / folder).iterdir()):
             publish(file, folder / file.name)
 
 
 if __name__ == "__main__":
-    run(results)
+    run(main)

@@ -1,28 +1,35 @@
-"""Stage `samples`: turn a corpus into prompts with true continuations, tokenised for a model."""
+"""Stage `samples`: turn a benchmark into prompts with true continuations, tokenised for a model."""
 
-from pathlib import Path
+from stages import _paths
+from stages._app import BenchmarkOption, ModelOption, progress, run
 
-from stages._app import CorpusOption, ModelOption, progress, run
 
-
-def main(model: ModelOption, corpus: CorpusOption) -> None:
-    """Write samples/MODEL/CORPUS/{train,validation,test}.parquet and source.json."""
-    from pipeline.corpora.build import build_samples, count_pieces
-    from pipeline.params import entry, load_params
+def main(model: ModelOption, benchmark: BenchmarkOption) -> None:
+    """Write samples/MODEL/BENCHMARK/{train,validation,test}.parquet and source.json."""
+    from pipeline.benchmarks.base import read_benchmark
+    from pipeline.benchmarks.base_making import make_samples
+    from pipeline.closure import Code
+    from pipeline.files import write_json
     from pipeline.samples.sample import write_samples
-    from pipeline.workdir import publish, work_directory, write_json
+    from pipeline.sources.pins import read_state
+    from pipeline.work import publish, work_directory
 
-    params = entry(load_params().corpora, corpus, "corpora")
-    directory = Path("models") / model
+    params = read_benchmark(benchmark)
+    sources = read_state(_paths.source_state("benchmarks", benchmark))
+    directory = _paths.model(model)
     # Only the tokenizer counts: other weights give the same samples.
     tokenizer = sorted(p for p in directory.glob("*") if p.suffix in (".json", ".jinja", ".model", ".txt"))
-    work = work_directory(f"samples-{model}-{corpus}", params.model_dump(mode="json"), tokenizer or [directory])
-    with progress(f"samples {model} {corpus}", count_pieces(params)) as advance:
-        samples, sources = build_samples(params, corpus, directory, work / "generated", lambda piece: advance(1, piece))
+    upstream = [*(tokenizer or [directory]), _paths.source_state("benchmarks", benchmark)]
+    code = Code(__file__, {"pipeline/benchmarks": (params.kind,)})
+    work = work_directory(f"samples-{model}-{benchmark}", params.model_dump(mode="json"), upstream, code)
+    with progress(f"samples {model} {benchmark}", params.pieces()) as advance:
+        samples, recorded = make_samples(
+            params, benchmark, directory, sources, work / "generated", lambda piece: advance(1, piece)
+        )
     for split, rows in samples.items():
         write_samples(work / "out" / f"{split}.parquet", rows)
-    write_json(work / "out/source.json", sources)
-    publish(work / "out", Path("samples") / model / corpus)
+    write_json(work / "out/source.json", recorded)
+    publish(work / "out", _paths.samples(model, benchmark))
 
 
 if __name__ == "__main__":

@@ -9,17 +9,17 @@ import typer
 from stages._app import run
 
 
-def ui(port: Annotated[int, typer.Option(help="Port on this computer.", min=1, max=65535)] = 5000) -> None:
+def main(port: Annotated[int, typer.Option(help="Port on this computer.", min=1, max=65535)] = 5000) -> None:
     """Show what is logged; Ctrl-C ends it."""
-    from pipeline import mlflow_store
     from pipeline.errors import PipelineError
-    from pipeline.workdir import repository_root
+    from pipeline.files import repository_root
+    from pipeline.tracking.experiments import links
+    from pipeline.tracking.store import server_address, shown_uri, tracking_uri
 
-    uri = mlflow_store.tracking_uri(repository_root())
-    lines = mlflow_store.links(mlflow_store.server_address(uri, port))
+    uri = tracking_uri(repository_root())
+    lines = links(server_address(uri, port))
     if not lines:
-        shown = mlflow_store.shown_uri(uri)
-        raise PipelineError(f"MLflow at {shown} has no runs yet; run make repro, or python -m stages.track.")
+        raise PipelineError(f"MLflow at {shown_uri(uri)} has no runs yet; run make repro, or python -m stages.track.")
     typer.echo("Open in a browser:", err=True)
     for line in lines:
         typer.echo(line, err=True)
@@ -33,4 +33,4 @@ def ui(port: Annotated[int, typer.Option(help="Port on this computer.", min=1, m
 
 
 if __name__ == "__main__":
-    run(ui)
+    run(main, checked=False)

@@ -75,7 +75,7 @@ def new_origin(directory: Path) -> None:
     for name in names.rstrip("\0").split("\0"):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(REPOSITORY / name, directory / name)
-    shutil.copy(directory / "profiles/ci.yaml", directory / "params.yaml")
+    subprocess.run([sys.executable, "-m", "stages.profile", "ci"], cwd=directory, env=ENVIRONMENT, check=True)
     for command in ("init --quiet", "add --all", "commit --quiet --message Start"):
         subprocess.run(["git", *command.split()], cwd=directory, env=ENVIRONMENT, check=True)
 
@@ -88,6 +88,11 @@ def new_checkout(directory: Path) -> None:
     fetched.mkdir(parents=True, exist_ok=True)
     (directory / ".cache").mkdir()
     (directory / ".cache/sources").symlink_to(fetched)
+
+
+def last_of(stage: str, stages: Iterator[str]) -> str:
+    """The last of the stages that are yet to come, ``stage`` if there are none."""
+    return [stage, *stages][-1]
 
 
 def move_damaged_lock(directory: Path) -> bool:
@@ -150,7 +155,7 @@ def one_pass(directory: Path, reference: Undisturbed, draw: random.Random, kills
         targets = [target for target in targets[1:] if target >= order.index(stage)]
         # Read on meanwhile: a full pipe would stop the stage.
         reader = ThreadPoolExecutor(1)
-        last = reader.submit(lambda stages=stages, stage=stage: [stage, *stages][-1])
+        last = reader.submit(last_of, stage, stages)
         try:
             process.wait(moment)
         except subprocess.TimeoutExpired:

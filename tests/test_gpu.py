@@ -7,6 +7,7 @@ work in the same precision as it is commonly done, and a few units of rounding b
 
 import copy
 import dataclasses
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,19 +18,29 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pipeline.evaluation.latency import measure_latency
-from pipeline.evaluation.results import cost_table
-from pipeline.evaluation.sweep import FULL, Outcome, PolicyKey, Sweep
-from pipeline.eviction.budget import gather_tokens, kept_tokens, protected_ranking
+from pipeline.benchmarks.base import Answer
+from pipeline.evaluation.answers import cost_table
+from pipeline.evaluation.ask import Said
+from pipeline.evaluation.sweep import Sweep
+from pipeline.eviction.budget import EvaluationParams, gather_tokens, kept_tokens, protected_ranking
+from pipeline.eviction.rankers import make_rankers
 from pipeline.models.layers import full_attention_layers
 from pipeline.models.load import head_shape
-from pipeline.params import AgentParams, EvaluationParams, TracesParams, TrainParams
+from pipeline.params import Params
 from pipeline.policy import agents, train
-from pipeline.policy.agents import Policy, PolicyShape
-from pipeline.policy.train import CURVES_FILE, describe, train_policy
+from pipeline.policy.agents import AgentParams, Policy, PolicyShape
+from pipeline.policy.estimators.base import Estimator
+from pipeline.policy.estimators.exact import Exact
+from pipeline.policy.estimators.rloo import Rloo
+from pipeline.policy.estimators.soft_rank import SoftRank
+from pipeline.policy.progress import CHECKPOINT_FILE
+from pipeline.policy.train import CURVES_FILE, TrainParams, describe, train_policy
 from pipeline.samples.sample import Sample
+from pipeline.tables import FULL, PolicyKey
 from pipeline.traces.capture import LayerTrace, capture_sequence
+from pipeline.traces.importance import TracesParams
 from pipeline.traces.shards import TraceReader, TraceShape, write_manifest, write_shard
+from studies.latency.measure import measure_latency
 from tests.conftest import MakeModel
 
 DEVICES = [
@@ -40,11 +51,11 @@ DEVICES = [
     ),
 ]
 on_devices = pytest.mark.parametrize("device", DEVICES)
-ESTIMATORS: tuple[train.Estimator, ...] = ("exact", "rloo", "softrank")
+ESTIMATORS = [pytest.param(found, id=found.name) for found in (Exact(), Rloo(samples=8), SoftRank())]
 
 SHAPE = TraceShape("tiny", "corpus", layers=2, kv_heads=2, head_dim=8, block_size=16)
 PARAMS = TrainParams(
-    agent=AgentParams(hidden_width=16, hidden_layers=2, position_features=("position", "age")),
+    agent=AgentParams(hidden_width=16, hidden_layers=2, inputs=("key", "value", "position", "age")),
     steps=8,
     learning_rate=1e-2,
     final_learning_rate=1e-3,
@@ -52,7 +63,6 @@ PARAMS = TrainParams(
     warmup_factor=0.1,
     gradient_clip=5.0,
     weight_decay=0.01,
-    rloo_samples=8,
     validate_every=4,
     checkpoint_every=3,
     seed=3,
@@ -109,13 +119,16 @@ def test_a_policy_scores_the_same_cache_alike_in_blocks_and_by_layer(
 
 @on_devices
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_gradients_of_a_step(device: str, estimator: train.Estimator) -> None:
+def test_gradients_of_a_step(device: str, estimator: Estimator) -> None:
     keys, values = random_states(4, 96)
     importance = torch.rand(4, 96, generator=torch.Generator().manual_seed(1)) ** 4
 
     def gradients(policy: Policy, to: str, dtype: torch.dtype) -> Tensor:
-        uniform = train.draw_uniform(estimator, PARAMS, 2, 4, 96).to(to)
-        loss_of = train.loss_function(estimator, importance.to(to, dtype), uniform)
+        uniform, weights = train.draw_uniform(estimator, PARAMS, 2, 4, 96).to(to), importance.to(to, dtype)
+
+        def loss_of(scores: Tensor, heads: slice) -> Tensor:
+            return estimator.loss(scores, weights[heads], uniform[:, heads])
+
         train.compute_gradients(policy, keys.to(to), values.to(to), loss_of)
         train.clip_gradients(policy, PARAMS.gradient_clip)
         return torch.cat([parameter.grad.flatten().cpu() for parameter in policy.parameters()])
@@ -144,7 +157,7 @@ def traces(tmp_path: Path) -> Path:
     return root
 
 
-def run_training(traces: Path, work: Path, estimator: train.Estimator, device: str, stop_after: int = 0) -> Tensor:
+def run_training(traces: Path, work: Path, estimator: Estimator, device: str, stop_after: int = 0) -> Tensor:
     """All weights of the trained policy, flat; ``stop_after`` interrupts after so many steps, as Ctrl-C does."""
     work.mkdir(exist_ok=True)
     reader, validation = (TraceReader(traces, split, 1 << 20) for split in ("train", "validation"))
@@ -172,7 +185,7 @@ def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
 @on_devices
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_training_gives_what_the_cpu_gives(
-    device: str, estimator: train.Estimator, traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    device: str, estimator: Estimator, traces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = run_training(traces, tmp_path / "found", estimator, device)
     common = run_training(traces, tmp_path / "common", estimator, "cpu")
@@ -189,14 +202,14 @@ def test_training_gives_what_the_cpu_gives(
 
 
 @on_devices
-@pytest.mark.parametrize("estimator", ["exact", "rloo"])
+@pytest.mark.parametrize("estimator", ESTIMATORS[:2])
 def test_an_interrupted_training_resumes_on_the_device(
-    device: str, estimator: train.Estimator, traces: Path, tmp_path: Path
+    device: str, estimator: Estimator, traces: Path, tmp_path: Path
 ) -> None:
     whole = run_training(traces, tmp_path / "whole", estimator, device)
     with pytest.raises(KeyboardInterrupt):
         run_training(traces, tmp_path / "resumed", estimator, device, stop_after=5)
-    assert (tmp_path / "resumed" / train.CHECKPOINT_FILE).exists()
+    assert (tmp_path / "resumed" / CHECKPOINT_FILE).exists()
     resumed = run_training(traces, tmp_path / "resumed", estimator, device)
     if device == "cpu":
         assert torch.equal(resumed, whole)
@@ -256,7 +269,7 @@ class Letters:
 BUDGETS = (24, 48, TOKENS)
 TEXT = Sample(
     sample_id="s",
-    corpus="ruler",
+    benchmark="ruler",
     task="vt",
     split="test",
     input_ids=tuple(IDS.tolist()),
@@ -265,32 +278,34 @@ TEXT = Sample(
     answers=("zzz",),
     max_new_tokens=6,
     meta="{}",
-    metric="string_match",
+    ask=("likelihood", "text"),
 )
-CHOICE = dataclasses.replace(TEXT, metric="accuracy", answers=("a", "b"), choices=((5, 6), (7,)), gold=1)
+CHOICE = dataclasses.replace(TEXT, ask=("choice",), answers=("a", "b"), choices=((5, 6), (7,)), gold=1)
 
 
-def make_sweep(model: PreTrainedModel) -> Sweep:
-    agent = AgentParams(hidden_width=8, hidden_layers=1, position_features=("age",))
+def make_sweep(model: PreTrainedModel, params: Params) -> Sweep:
+    agent = AgentParams(hidden_width=8, hidden_layers=1, inputs=("key", "value", "age"))
     shape = PolicyShape(*head_shape(model), agent)
     policies = {PolicyKey("kvp-exact", "ruler"): Policy(shape, torch.Generator().manual_seed(0)).to(model.device)}
     evaluation = EvaluationParams(budgets=BUDGETS, n_sink=4, n_recent=16, seed=0)
     traces = TracesParams(block_size=16, query_chunk=32, sequences_per_shard=2)
-    return Sweep(model, Letters(), policies, evaluation, traces, BUDGETS, answer_perplexity=True)  # type: ignore[arg-type]
+    return Sweep(model, Letters(), policies, make_rankers(params.baselines), evaluation, traces, BUDGETS)  # type: ignore[arg-type]
 
 
-def by_row(outcomes: Sequence[Outcome], metric: str = "nll") -> dict[tuple[PolicyKey, int | None], float]:
-    return {(outcome.key, outcome.budget): outcome.value for outcome in outcomes if outcome.metric == metric}
+def by_row(answers: Sequence[Said], asked: str) -> dict[tuple[PolicyKey, int | None], Said]:
+    return {(said.key, said.budget): said for said in answers if said.ask == asked}
 
 
 @on_devices
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
-def test_the_sweep_gives_what_float64_gives(device: str, family: str, make_model: MakeModel) -> None:
+def test_the_sweep_gives_what_float64_gives(
+    device: str, family: str, make_model: MakeModel, default_params: Params
+) -> None:
     def run(dtype: torch.dtype, to: str) -> dict[tuple[PolicyKey, int | None], float]:
         model = copy.deepcopy(make_model(family)).to(to, dtype)  # type: ignore[call-overload]
-        outcomes, costs = make_sweep(model).run(TEXT, seed=1)
+        answers, costs = make_sweep(model, default_params).run(TEXT, seed=1)
         assert len(cost_table("tiny", TEXT, costs, full_attention_layers(model.config)))
-        return by_row(outcomes)
+        return {row: statistics.fmean(said.nll) for row, said in by_row(answers, "likelihood").items()}
 
     found, common, reference = run(torch.float32, device), run(torch.float32, "cpu"), run(torch.float64, "cpu")
     assert set(found) == set(reference)
@@ -303,11 +318,18 @@ def test_the_sweep_gives_what_float64_gives(device: str, family: str, make_model
 
 @on_devices
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_sweep_in_bfloat16_answers_texts_and_choices(device: str, family: str, make_model: MakeModel) -> None:
-    sweep = make_sweep(copy.deepcopy(make_model(family)).to(device, torch.bfloat16))  # type: ignore[call-overload]
-    for sample in (TEXT, CHOICE):
-        outcomes, _ = sweep.run(sample, seed=1)
-        values = by_row(outcomes, sample.metric)
+def test_a_sweep_in_bfloat16_answers_texts_and_choices(
+    device: str, family: str, make_model: MakeModel, default_params: Params
+) -> None:
+    model = copy.deepcopy(make_model(family)).to(device, torch.bfloat16)  # type: ignore[call-overload]
+    sweep = make_sweep(model, default_params)
+    for name, sample, metric in (("ruler", TEXT, "string_match"), ("mmlu", CHOICE, "accuracy")):
+        answers, _ = sweep.run(sample, seed=1)
+        judge = default_params.benchmarks[name].samples.score
+        values = {
+            row: judge(sample, Answer(said.text, said.nll))[metric]
+            for row, said in by_row(answers, sample.ask[-1]).items()
+        }
         assert {budget for _, budget in values} == {*BUDGETS, None}
         assert all(0 <= value <= 1 for value in values.values())
 
@@ -332,7 +354,7 @@ def test_kept_keys_are_the_keys_of_the_kept_tokens(device: str, dtype: torch.dty
 @on_devices
 def test_latency_is_measured_on_the_device(device: str, make_model: MakeModel) -> None:
     model = copy.deepcopy(make_model("llama")).to(device, torch.bfloat16)  # type: ignore[call-overload]
-    agent = AgentParams(hidden_width=8, hidden_layers=1, position_features=("age",))
+    agent = AgentParams(hidden_width=8, hidden_layers=1, inputs=("key", "value", "age"))
     policy = Policy(PolicyShape(*head_shape(model), agent), torch.Generator().manual_seed(0)).to(device)
     table = measure_latency(model, policy, [64, 128], repeats=1)
     assert len(table) == 8

@@ -18,22 +18,20 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import sources
 from pipeline.errors import PipelineError
-from pipeline.params import PinnedUri
-from pipeline.sources import OWNED, content_hash, refuse_owned
-from pipeline.workdir import hash_path
+from pipeline.files import hash_path
+from pipeline.profiles import render
+from pipeline.sources import fetch as sources
+from pipeline.sources import pins
+from pipeline.sources.pins import OWNED, PinnedUri, content_hash, refuse_owned
 from tests.conftest import MakeModel
 from tests.models.test_export import save_tokenizer
 from tests.test_pipeline import ENVIRONMENT, REPOSITORY, call, share_sources, stages_run
 
 BOOLQ: dict[str, Any] = {
-    "kind": "choice",
-    "task": "boolq",
-    "late_question": True,
-    "budgets": [24, 32],
-    "samples": {"test": 2},
-    "seed": 0,
+    "samples": {"kind": "boolq", "source": "boolq", "late_question": True, "sizes": {"test": 2}, "seed": 0},
+    "evaluate": {"budgets": [24, 32], "shorter": "whole"},
+    "shown": {"title": "BoolQ"},
 }
 
 
@@ -43,12 +41,14 @@ def write_questions(path: Path, count: int, word: int = 5) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def set_params(checkout: Path, model: str, corpus: str) -> None:
-    """Let the matrix be the model ``tiny`` and the corpora of the ci profile, with these local sources."""
+def set_params(checkout: Path, model: str, questions: str) -> None:
+    """Let the matrix be the model ``tiny`` and the benchmarks of the ci profile, with these local sources."""
     yaml = YAML()
-    params = yaml.load((checkout / "profiles/ci.yaml").read_text())
-    params["models"]["tiny"] = {"source": {"uri": f"file:{model}", "licence": "mine"}, "dtype": "float32"}
-    params["corpora"]["boolq"] = BOOLQ | {"source": {"uri": f"file:{corpus}", "licence": "mine"}}
+    params = yaml.load(render("ci", checkout / "profiles").params)
+    params["sources"]["tiny"] = {"uri": f"file:{model}", "licence": "mine"}
+    params["sources"]["boolq"] = {"uri": f"file:{questions}", "licence": "mine"}
+    params["models"]["tiny"] = {"source": "tiny", "dtype": "float32"}
+    params["benchmarks"]["boolq"] = BOOLQ
     params["matrix"] |= {"model": ["tiny"], "benchmark": ["ruler", "dialogues", "boolq"]}
     with (checkout / "params.yaml").open("w") as stream:
         yaml.dump(params, stream)
@@ -56,7 +56,7 @@ def set_params(checkout: Path, model: str, corpus: str) -> None:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel) -> Iterator[Path]:
-    """A folder with a checkout of the tracked files and, in and beside it, the user's model and corpus."""
+    """A folder with a checkout of the tracked files and, in and beside it, the user's model and questions."""
     folder = tmp_path_factory.mktemp("project")
     checkout = folder / "checkout"
     for name in call(REPOSITORY, "git", "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
@@ -78,7 +78,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, make_model: MakeModel) -> 
 
 @pytest.fixture(scope="module")
 def made(project: Path) -> Path:
-    """The checkout after ``dvc repro`` of the model and of the corpus' samples."""
+    """The checkout after ``dvc repro`` of the model and of the benchmark's samples."""
     checkout = project / "checkout"
     # DVC then links what a stage wrote into its cache and takes the right to write from it.
     call(checkout, "dvc", "config", "--local", "cache.type", "hardlink")
@@ -124,7 +124,7 @@ def flip(path: Path) -> None:
 
 
 EDITS: dict[str, tuple[Callable[[Path], Any], str, set[str]]] = {
-    "corpus edited": (
+    "questions edited": (
         lambda p: write_questions(p / "checkout/data/boolq.jsonl", 8, 7),
         "samples@tiny-boolq",
         {"sources", "samples@tiny-boolq"},
@@ -165,7 +165,7 @@ def test_no_other_command_of_dvc_ends_the_watch(command: str, made: Path, projec
 @pytest.mark.slow
 def test_the_watch_ends_with_the_last_local_source(made: Path) -> None:
     kept = (made / "params.yaml").read_text()
-    shutil.copy(made / "profiles/ci.yaml", made / "params.yaml")
+    (made / "params.yaml").write_text(render("ci", made / "profiles").params)
     assert stages_run(call(made, "dvc", "repro", "sources")) == {"sources"}
     assert "up to date" in call(made, "dvc", "status", "sources")
     assert call(made, "git", "status", "--short", "sources") == ""
@@ -195,7 +195,13 @@ def test_a_temporary_experiment_finds_local_files_and_downloads_nothing(how: tup
     call(made, "git", "add", "--all")
     call(made, "git", "commit", "--quiet", "--allow-empty", "--message", "Local sources")
     seed = {"--temp": 1, "--queue": 2}[how[0]]
-    experiment = ["dvc", "exp", "run", *how, "-S", f"corpora.boolq.seed={seed}", "-S", f"corpora.dialogues.seed={seed}"]
+    experiment = [
+        "dvc",
+        "exp",
+        "run",
+        *how,
+        *(f"-Sbenchmarks.{name}.samples.seed={seed}" for name in ("boolq", "dialogues")),
+    ]
     environment = ENVIRONMENT | {"PIP_INDEX_URL": "http://127.0.0.1:9", "PIP_RETRIES": "0"}
     targets = ["samples@tiny-boolq"]
     if how == ("--temp",):
@@ -261,12 +267,11 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_output_of_dvc_yaml_is_owned() -> None:
-    tops = {".work", ".dvc", ".publish"}
-    for file in ("dvc.yaml", "studies/dvc.yaml"):
-        for stage in YAML(typ="safe").load((REPOSITORY / file).read_text())["stages"].values():
-            for kind in ("outs", "metrics", "plots"):
-                names = [out if isinstance(out, str) else next(iter(out)) for out in stage.get(kind, [])]
-                tops |= {name.split("/")[0] for name in names}
+    tops = {".work", ".dvc", ".publish", "studies"}
+    for stage in YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text())["stages"].values():
+        for kind in ("outs", "metrics", "plots"):
+            names = [out if isinstance(out, str) else next(iter(out)) for out in stage.get(kind, [])]
+            tops |= {name.split("/")[0] for name in names}
     assert len(tops) > 12
     assert tops <= set(OWNED)
 
@@ -313,8 +318,8 @@ def test_a_large_file_is_read_once_while_it_stays_as_it_is(checkout: Path, monke
     (directory / "large").write_bytes(os.urandom(2 << 20))
     (directory / "small").write_bytes(b"1")
     read: list[str] = []
-    original = sources.hash_file
-    monkeypatch.setattr(sources, "hash_file", lambda path: read.append(path.name) or original(path))
+    original = pins.hash_file
+    monkeypatch.setattr(pins, "hash_file", lambda path: read.append(path.name) or original(path))
     first = content_hash(directory)
     assert first == hash_path(directory) == content_hash(directory)
     assert read.count("large") == 1

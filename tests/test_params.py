@@ -11,9 +11,10 @@ from dvc.fs import LocalFileSystem
 from ruamel.yaml import YAML
 
 from pipeline.errors import PipelineError
-from pipeline.params import entry, load_params
+from pipeline.params import load_params
+from pipeline.profiles import render
 
-PROFILE = Path(__file__).parent.parent / "profiles/ci.yaml"
+PROFILE = render("ci", Path(__file__).parent.parent / "profiles").params
 Edit = Callable[[dict[str, Any]], None]
 
 
@@ -60,19 +61,16 @@ def both(*edits: Edit) -> Edit:
     return edit
 
 
+# For evaluation only.
 CHOICE = {
-    "kind": "choice",
-    "task": "boolq",
-    "source": {"uri": "file:boolq.jsonl", "licence": "CC BY-SA 3.0"},
-    "late_question": True,
-    "budgets": [16, 32],
-    "samples": {"test": 2},
-    "seed": 0,
+    "samples": {"kind": "boolq", "source": "boolq", "late_question": True, "sizes": {"test": 2}, "seed": 0},
+    "evaluate": {"budgets": [16, 32], "shorter": "whole"},
+    "shown": {"title": "BoolQ"},
 }
 
 
 def edited(path: Path, edit: Edit) -> Path:
-    content = YAML(typ="safe").load(PROFILE.read_text())
+    content = YAML(typ="safe").load(PROFILE)
     edit(content)
     with path.open("w") as stream:
         YAML(typ="safe").dump(content, stream)
@@ -82,7 +80,13 @@ def edited(path: Path, edit: Edit) -> Path:
 MISTAKES = {
     "unknown key": (put("sweep", 1), "unknown key sweep"),
     "unknown nested key": (put("train.agent.hidden_widht", 8), "unknown key train.agent.hidden_widht"),
-    "unknown key of a corpus": (put("corpora.ruler.lenght", 8), r"unknown key corpora.ruler.lenght"),
+    "unknown key of a benchmark": (
+        put("benchmarks.ruler.samples.lenght", 8),
+        "unknown key benchmarks.ruler.samples.lenght",
+    ),
+    "unknown part of a benchmark": (put("benchmarks.ruler.length", 8), "unknown key benchmarks.ruler.length"),
+    "missing part of a benchmark": (drop("benchmarks.ruler.shown"), "missing key benchmarks.ruler.shown"),
+    "benchmark that is none": (put("benchmarks.ruler", 8), r"benchmarks.ruler: it should be a mapping \(got 8\)"),
     "missing key": (drop("train.steps"), "missing key train.steps"),
     "missing section": (drop("report"), "missing key report"),
     "quoted number": (put("train.steps", "24"), r"train.steps: .*integer.*\(got '24'\)"),
@@ -93,21 +97,30 @@ MISTAKES = {
     "zero steps": (put("train.steps", 0), "train.steps: .*greater than 0"),
     "negative rate": (put("train.learning_rate", -1e-3), "train.learning_rate: .*greater than 0"),
     "not a number": (put("train.learning_rate", float("nan")), "train.learning_rate: .*finite number"),
-    "one sample for a baseline": (put("train.rloo_samples", 1), "train.rloo_samples: .*greater than or equal to 2"),
+    "one sample for a baseline": (
+        put("estimators.rloo.samples", 1),
+        "estimators.rloo.samples: .*greater than or equal to 2",
+    ),
     "certain confidence": (put("report.confidence", 1.0), "report.confidence: .*less than 1"),
     "chunk of no whole blocks": (
         put("traces.query_chunk", 100),
         "traces: query_chunk must be a multiple of block_size",
     ),
-    "one seed for an interval": (put("sensitivity.seeds", 1), "sensitivity.seeds: .*greater than or equal to 2"),
-    "more than all sequences": (
-        put("sensitivity.training_fraction", [1.5]),
-        "training_fraction.0: .*less than or equal",
+    "unknown input": (
+        put("train.agent.inputs", ["key", "query"]),
+        "train.agent.inputs: 'query' is no input of an agent; known: age, hidden, key, position, value",
     ),
-    "unknown inputs": (put("sensitivity.inputs", ["queries"]), r"sensitivity.inputs.0: .*\(got 'queries'\)"),
-    "value twice": (put("sensitivity.steps", [12, 12]), "sensitivity: steps names a value twice"),
+    "input twice": (put("train.agent.inputs", ["key", "key"]), "train.agent.inputs: an input is named twice"),
     "unknown dtype": (put("models.smollm2-135m.dtype", "float64"), "models.smollm2-135m.dtype: .*'float32'"),
-    "unknown estimator": (put("matrix.estimator", ["ppo"]), r"matrix.estimator.0: .*\(got 'ppo'\)"),
+    "estimator that is not there": (
+        put("matrix.estimator", ["ppo"]),
+        "matrix.estimator names 'ppo', which is not in estimators; there are exact, rloo, soft_rank",
+    ),
+    "unknown estimator": (
+        put("estimators.ppo", {}),
+        "estimators: 'ppo' is no estimator; known: exact, rloo, soft_rank",
+    ),
+    "option that an estimator does not have": (put("estimators.exact.samples", 2), "unknown key estimators.exact.samp"),
     "budgets descend": (
         put("evaluation.budgets", [128, 64]),
         "evaluation.budgets: budgets must be distinct and ascending",
@@ -118,84 +131,116 @@ MISTAKES = {
         "evaluation: the smallest budget, 19, is below the 20 protected tokens",
     ),
     "unknown task": (
-        put("corpora.ruler.tasks", ["vt", "niah_9"]),
-        r"corpora.ruler: unknown RULER task 'niah_9'",
+        put("benchmarks.ruler.samples.tasks", ["vt", "niah_9"]),
+        r"benchmarks.ruler.samples.tasks: unknown RULER task 'niah_9'; known: niah_single_1",
     ),
     "length of an unknown task": (
-        put("corpora.ruler.task_lengths", {"qa_3": 2048}),
-        r"corpora.ruler: unknown RULER task 'qa_3'",
+        put("benchmarks.ruler.samples.task_lengths", {"qa_3": 2048}),
+        r"benchmarks.ruler.samples.task_lengths: unknown RULER task 'qa_3'",
     ),
-    "unknown kind of corpus": (put("corpora.ruler.kind", "books"), "corpora.ruler: .*'books'"),
+    "unknown kind of benchmark": (
+        put("benchmarks.ruler.samples.kind", "books"),
+        "benchmarks.ruler.samples.kind: 'books' is no benchmark; known: arc_challenge, boolq",
+    ),
+    "samples that are none": (
+        put("benchmarks.ruler.samples", 8),
+        "benchmarks.ruler.samples: it should be a mapping",
+    ),
     "wheel without checksum": (
-        drop("models.smollm2-135m.source.sha256"),
-        "models.smollm2-135m.source: a wheel: source must be pinned by its sha256",
+        drop("sources.smollm2-135m.sha256"),
+        "sources.smollm2-135m: a wheel: source must be pinned by its sha256",
     ),
-    "checksum cut short": (put("models.smollm2-135m.source.sha256", "abc123"), "models.smollm2-135m.source.sha256: "),
+    "checksum cut short": (put("sources.smollm2-135m.sha256", "abc123"), "sources.smollm2-135m.sha256: "),
     "hub without revision": (
-        put("models.smollm2-135m.source", {"uri": "hub:owner/name", "licence": "MIT"}),
-        "models.smollm2-135m.source: a hub: source must be pinned by its revision",
+        put("sources.smollm2-135m", {"uri": "hub:owner/name", "licence": "MIT"}),
+        "sources.smollm2-135m: a hub: source must be pinned by its revision",
     ),
     "unknown scheme": (
-        put("models.smollm2-135m.source.uri", "ftp:owner/name"),
-        "models.smollm2-135m.source: uri must start with hub:, file:, wheel: or join:, not 'ftp:owner/name'",
+        put("sources.smollm2-135m.uri", "ftp:owner/name"),
+        "sources.smollm2-135m: uri must start with hub:, file:, wheel: or join:, not 'ftp:owner/name'",
     ),
     "joined file without parts": (
-        put("models.smollm2-135m.source.uri", "join:model.gguf"),
-        "models.smollm2-135m.source: a join: source lists the files to join in parts, and no other source has parts",
+        put("sources.smollm2-135m.uri", "join:model.gguf"),
+        "sources.smollm2-135m: a join: source lists the files to join in parts, and no other source has parts",
     ),
     "parts of a file that is not joined": (
-        put("models.smollm2-135m.source.parts", [{"uri": "file:a"}]),
-        "models.smollm2-135m.source: a join: source lists the files to join in parts, and no other source has parts",
+        put("sources.smollm2-135m.parts", [{"uri": "file:a"}]),
+        "sources.smollm2-135m: a join: source lists the files to join in parts, and no other source has parts",
     ),
     "joined file without checksum": (
-        put("models.smollm2-135m.source", {"uri": "join:a.gguf", "licence": "MIT", "parts": [{"uri": "file:a"}]}),
-        "models.smollm2-135m.source: a join: source must be pinned by its sha256",
+        put("sources.smollm2-135m", {"uri": "join:a.gguf", "licence": "MIT", "parts": [{"uri": "file:a"}]}),
+        "sources.smollm2-135m: a join: source must be pinned by its sha256",
     ),
     "part without checksum": (
-        put("models.smollm2-135m.source.parts", [{"uri": "file:a"}, {"uri": "wheel:a==1/b"}]),
-        r"models.smollm2-135m.source.parts.1: a wheel: source must be pinned by its sha256",
+        put("sources.smollm2-135m.parts", [{"uri": "file:a"}, {"uri": "wheel:a==1/b"}]),
+        r"sources.smollm2-135m.parts.1: a wheel: source must be pinned by its sha256",
     ),
     "part that is joined": (
-        put("models.smollm2-135m.source.parts", [{"uri": "join:a"}]),
-        "models.smollm2-135m.source.parts.0: uri must start with hub:, file: or wheel:, not 'join:a'",
+        put("sources.smollm2-135m.parts", [{"uri": "join:a"}]),
+        "sources.smollm2-135m.parts.0: uri must start with hub:, file: or wheel:, not 'join:a'",
+    ),
+    "source that is not there": (
+        put("models.smollm2-135m.source", "gpt-5"),
+        "models.smollm2-135m.source names 'gpt-5', which is not in sources; there are arc_challenge, boolq",
+    ),
+    "source of a benchmark that is not there": (
+        put("benchmarks.ruler.samples.sentence_splitter", "nltk"),
+        "benchmarks.ruler.samples names 'nltk', which is not in sources",
     ),
     "model that is not there": (put("matrix.model", ["gpt-5"]), "matrix.model names 'gpt-5', which is not in models"),
-    "corpus that is not there": (put("matrix.corpus", ["wiki"]), "matrix.corpus names 'wiki', which is not in corpora"),
+    "training on what is not there": (
+        put("matrix.trained_on", ["wiki"]),
+        "matrix.trained_on names 'wiki', which is not in benchmarks",
+    ),
     "benchmark that is not there": (
         put("matrix.benchmark", ["ruler", "dialogues", "wiki"]),
-        "matrix.benchmark names 'wiki', which is not in corpora",
+        "matrix.benchmark names 'wiki', which is not in benchmarks",
     ),
-    "training corpus that is not evaluated": (
+    "training on what is not evaluated": (
         put("matrix.benchmark", ["ruler"]),
-        "matrix.benchmark lacks 'dialogues', which matrix.corpus trains on",
+        "matrix.benchmark lacks 'dialogues', which matrix.trained_on names",
     ),
     "training on what is for evaluation only": (
-        put("corpora.dialogues", CHOICE),
-        "matrix.corpus names 'dialogues', which is for evaluation only; name it in benchmark",
+        put("benchmarks.dialogues", CHOICE),
+        "matrix.trained_on names 'dialogues', which is for evaluation only; name it in benchmark",
+    ),
+    "training on one split alone": (
+        put("benchmarks.ruler.samples.sizes", {"test": 1}),
+        "matrix.trained_on names 'ruler', which is for evaluation only; name it in benchmark",
+    ),
+    "budget as long as the text": (
+        put("evaluation.budgets", [64, 512]),
+        "benchmarks.ruler: the largest budget, 512, is not below its length of 512 tokens, so that nothing would be",
     ),
     "own budget below the protected": (
-        both(put("corpora.boolq", CHOICE), put("matrix.benchmark", ["ruler", "dialogues", "boolq"])),
-        "corpora.boolq: the smallest budget, 16, is below the 20 protected tokens",
+        both(put("benchmarks.boolq", CHOICE), put("matrix.benchmark", ["ruler", "dialogues", "boolq"])),
+        "benchmarks.boolq: the smallest budget, 16, is below the 20 protected tokens",
     ),
     "own budgets descend": (
-        put("corpora.boolq", CHOICE | {"budgets": [32, 16]}),
-        "corpora.boolq.budgets: budgets must be distinct and ascending",
+        put("benchmarks.boolq.evaluate.budgets", [32, 16]),
+        "benchmarks.boolq.evaluate.budgets: budgets must be distinct and ascending",
     ),
-    "examples of a corpus that is not there": (
-        put("examples.tasks", {"wiki": ["vt"]}),
-        "examples.tasks names 'wiki', which is not in corpora",
+    "texts of a benchmark that is not there": (
+        put("texts.tasks", {"wiki": ["vt"]}),
+        "texts.tasks names 'wiki', which is not in benchmarks",
     ),
     "hidden states in a policy": (
-        put("train.agent.inputs", "hidden"),
-        "train.agent.inputs is 'hidden', but a policy ranks a cache",
+        put("train.agent.inputs", ["hidden"]),
+        "train.agent.inputs names 'hidden', but a policy ranks a cache",
     ),
-    "longer sequences of a corpus that is not trained on": (
-        put("sensitivity.longer", {"dialogues": {"length": 1024, "samples": 1}}),
-        "sensitivity.longer names 'dialogues', which is no RULER corpus in matrix.corpus",
+    "title of a baseline that is not there": (
+        put("report.titles.h2o", "H2O"),
+        "report.titles names 'h2o', which is not in baselines; there are keydiff, knorm, lagkv",
     ),
-    "longer sequences that are not": (
-        put("sensitivity.longer.ruler.length", 512),
-        "sensitivity.longer.ruler: length 512 is not above that of the corpus",
+    "baseline of a policy's name": (
+        put("baselines.kvp-exact", {"own": "random", "sees_attention": False}),
+        "baselines.kvp-exact has the name of another row of the results",
+    ),
+    "baseline of two makers": (put("baselines.random.press", "KnormPress"), "baselines.random: a baseline has either"),
+    "baseline of no maker": (drop("baselines.random.own"), "baselines.random: a baseline has either press or own"),
+    "unknown baseline of ours": (
+        put("baselines.random.own", "h2o"),
+        "baselines.random: 'h2o' is no baseline of ours; known: lagkv, random, snapkv, streaming_llm",
     ),
     "name that leaves the folder": (put("profile", "../x"), "profile: "),
     "name that DVC cannot address": (
@@ -206,13 +251,13 @@ MISTAKES = {
         rename("models", "smollm2-135m", "x-1.5b"),
         r"models.x-1.5b: a name holds letters, digits, - and _ only.*; write x-1-5b",
     ),
-    "corpus that DVC cannot address": (
-        rename("corpora", "ruler", "ruler/4k"),
-        r"corpora.ruler/4k: a name holds letters, digits, - and _ only.*; write ruler-4k",
+    "benchmark that DVC cannot address": (
+        rename("benchmarks", "ruler", "ruler/4k"),
+        r"benchmarks.ruler/4k: a name holds letters, digits, - and _ only.*; write ruler-4k",
     ),
     "name of nothing that DVC can address": (put("matrix.benchmark", ["../*"]), r"matrix.benchmark.0: .*a dot as one"),
     "two stages of one name": (
-        put("matrix", {"model": ["a", "a-b"], "corpus": ["c"], "benchmark": ["b-c", "c"], "estimator": ["exact"]}),
+        put("matrix", {"model": ["a", "a-b"], "trained_on": ["c"], "benchmark": ["b-c", "c"], "estimator": ["exact"]}),
         "matrix: model a on b-c and model a-b on c would both be the stage a-b-c; rename one",
     ),
     "model twice": (put("matrix.model", ["smollm2-135m"] * 2), "matrix: model names an entry twice"),
@@ -236,7 +281,7 @@ def test_the_unedited_file_is_valid(tmp_path: Path) -> None:
 
 def two_models(path: Path, name: str) -> Path:
     """A file whose models are the profile's, ``name`` and one whose name begins like that."""
-    entry = next(iter(YAML(typ="safe").load(PROFILE.read_text())["models"].values())) | {"dtype": "bfloat16"}
+    entry = next(iter(YAML(typ="safe").load(PROFILE)["models"].values())) | {"dtype": "bfloat16"}
     return edited(path, lambda content: content["models"].update({name: entry, f"{name}-": entry}))
 
 
@@ -263,48 +308,6 @@ def test_a_name_that_dvc_cannot_use_is_refused(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("written", ["5e-5", "1e-3", "5.0e-5", "0.001", ".001"])
 def test_numbers_read_as_yaml_1_2_reads_them(written: str, tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
-    path.write_text(PROFILE.read_text().replace("learning_rate: 1.0e-3", f"learning_rate: {written}"))
+    assert "learning_rate: 1.0e-3" in PROFILE
+    path.write_text(PROFILE.replace("learning_rate: 1.0e-3", f"learning_rate: {written}"))
     assert load_params(path).train.learning_rate == float(written)
-
-
-def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:
-    path = tmp_path / "params.yaml"
-    with pytest.raises(
-        PipelineError, match=r"params\.yaml does not exist; run from the repository root or copy"
-    ) as caught:
-        load_params(path)
-    assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["train: [1, 2\nmatrix: 3\n", "a: 1\na: 2\n", "\tx: 1\n"])
-def test_a_file_that_is_no_yaml_says_where(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "params.yaml"
-    path.write_text(text)
-    with pytest.raises(PipelineError, match=r"is not valid YAML: .*line \d") as caught:
-        load_params(path)
-    assert str(caught.value).startswith(str(path))
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("text", ["", "- a\n- b\n", "word\n"])
-def test_a_file_without_keys_is_one_sentence(text: str, tmp_path: Path) -> None:
-    path = tmp_path / "params.yaml"
-    path.write_text(text)
-    with pytest.raises(PipelineError, match="the file: ") as caught:
-        load_params(path)
-    assert "\n" not in str(caught.value)
-
-
-def test_an_unknown_entry_lists_the_names_there_are() -> None:
-    with pytest.raises(PipelineError, match=r"corpora has no 'c'; it has a, b\."):
-        entry({"b": 1, "a": 2}, "c", "corpora")
-
-
-@pytest.mark.parametrize("content", [b"\xff\xfe", b"a: &x [*x]", b"[" * 3000], ids=["no text", "a circle", "too deep"])
-def test_a_file_that_cannot_be_read_is_one_sentence(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "params.yaml").write_bytes(content)
-    (tmp_path / "folder").mkdir()
-    for name in ("params.yaml", "folder"):
-        with pytest.raises(PipelineError, match=name) as caught:
-            load_params(tmp_path / name)
-        assert "\n" not in str(caught.value)

@@ -21,6 +21,7 @@ import pytest
 from safetensors import safe_open
 
 from pipeline.params import Params, load_params
+from studies.sensitivity.params import read_study
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +29,7 @@ REPOSITORY = Path(__file__).parent.parent
 MODEL = "smollm2-135m"
 LAYERS, KV_HEADS = 30, 3
 BASELINES = {"random", "streaming-llm", "lagkv", "keydiff", "knorm", "snapkv", "tova"}
-DIALOGUES = ("--model", MODEL, "--corpus", "dialogues")
+DIALOGUES = ("--model", MODEL, "--trained-on", "dialogues")
 UP_TO_DATE = "Data and pipelines are up to date."
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_", "KVP_"))}
 ENVIRONMENT |= {
@@ -95,7 +96,7 @@ def run(space: Path) -> Run:
         if (REPOSITORY / name).is_file():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(REPOSITORY / name, directory / name)
-    shutil.copy(directory / "profiles/ci.yaml", directory / "params.yaml")
+    call(directory, sys.executable, "-m", "stages.profile", "ci")
     call(directory, "git", "init", "--quiet")
     call(directory, "git", "add", "--all")
     call(directory, "git", "commit", "--quiet", "--message", "Start")
@@ -141,9 +142,11 @@ def interrupt(directory: Path, pattern: str, stage: str, *arguments: str) -> Pat
 
 
 def test_every_stage_ran_once(run: Run) -> None:
-    matrix = [f"{MODEL}-{corpus}" for corpus in run.params.matrix.corpus]
+    matrix = [f"{MODEL}-{benchmark}" for benchmark in run.params.matrix.benchmark]
     expected = {"sources", f"model@{MODEL}", f"check@{MODEL}", "results", "report"}
-    expected |= {f"{stage}@{entry}" for stage in ("samples", "traces", "evaluate", "examples") for entry in matrix}
+    expected |= {
+        f"{stage}@{entry}" for stage in ("samples", "traces", "evaluate", "score", "texts") for entry in matrix
+    }
     expected |= {f"train@{entry}-{estimator}" for entry in matrix for estimator in run.params.matrix.estimator}
     assert stages_run(run.output) == expected
     assert "Traceback" not in run.output
@@ -154,14 +157,15 @@ def test_every_stage_ran_once(run: Run) -> None:
 def test_the_evaluation_has_every_policy_task_and_budget(run: Run) -> None:
     table = pl.read_parquet(run.directory / "results/evaluation.parquet")
     params = run.params
-    trained = {(f"kvp-{estimator}", corpus) for estimator in params.matrix.estimator for corpus in params.matrix.corpus}
+    matrix = params.matrix
+    trained = {(f"kvp-{estimator}", name) for estimator in matrix.estimator for name in matrix.trained_on}
     evicting = {("oracle", None), *((name, None) for name in BASELINES), *trained}
     rows = set(table.select("policy", "trained_on", "budget").iter_rows())
     assert rows == {(*policy, budget) for policy in evicting for budget in params.evaluation.budgets} | {
         ("full", None, None)
     }
     ruler = table.filter(pl.col("benchmark") == "ruler")
-    assert set(ruler["task"]) == set(params.corpora["ruler"].tasks)  # type: ignore[union-attr]
+    assert set(ruler["task"]) == set(params.benchmarks["ruler"].samples.tasks_of)
     assert set(ruler["metric"]) == {"string_match", "nll"}
     assert ruler.filter(metric="string_match")["value"].is_between(0, 1).all()
     assert ruler["value"].is_finite().all()
@@ -196,7 +200,7 @@ def test_everything_that_is_promised_lies_where_it_should(run: Run) -> None:
 
 def test_a_second_repro_runs_nothing(run: Run) -> None:
     assert stages_run(call(run.directory, "dvc", "repro")) == set()
-    assert UP_TO_DATE in call(run.directory, "dvc", "status", "dvc.yaml")
+    assert UP_TO_DATE in call(run.directory, "dvc", "status")
 
 
 def test_interrupted_traces_and_training_end_with_the_same_bytes(run: Run, copy: Path) -> None:
@@ -233,8 +237,8 @@ def test_push_and_pull_restore_all_and_track_fills_mlflow(run: Run, space: Path)
     call(clone, "dvc", "config", "--local", "cache.type", "hardlink,copy")
     call(clone, "dvc", "remote", "add", "--local", "--default", "storage", str(space / "storage"))
     call(clone, "dvc", "pull")
-    assert UP_TO_DATE in call(clone, "dvc", "status", "dvc.yaml")  # the studies have not run
-    outs = "models samples traces policies evaluations examples results reports metrics plots"
+    assert UP_TO_DATE in call(clone, "dvc", "status")  # the studies have not run
+    outs = "models checks samples traces policies answers scores texts results reports metrics plots"
     for name in outs.split():
         restored, original = ({str(path.relative_to(root)) for path in (root / name).rglob("*") if path.is_file()}
                               for root in (clone, run.directory))  # fmt: skip
@@ -246,7 +250,7 @@ def test_push_and_pull_restore_all_and_track_fills_mlflow(run: Run, space: Path)
         with sqlite3.connect(clone / "mlflow.db") as database:
             roles = dict(database.execute("SELECT value, COUNT(*) FROM tags WHERE key = 'role' GROUP BY value"))
         database.close()
-        trainings = len(run.params.matrix.corpus) * len(run.params.matrix.estimator)
+        trainings = len(run.params.matrix.trained_on) * len(run.params.matrix.estimator)
         assert roles == {
             "training": trainings,
             "head": trainings * LAYERS * KV_HEADS,
@@ -257,17 +261,19 @@ def test_push_and_pull_restore_all_and_track_fills_mlflow(run: Run, space: Path)
 
 
 def test_the_studies_run_on_demand(run: Run) -> None:
-    output = call(run.directory, "dvc", "repro", "studies/dvc.yaml")
-    expected = {"sensitivity", "sensitivity_report", f"latency@{MODEL}"}
-    expected |= {f"study_traces@{MODEL}-{corpus}" for corpus in run.params.matrix.corpus}
-    assert stages_run(output) == {f"studies/dvc.yaml:{stage}" for stage in expected}
-    assert (run.directory / f"reports/latency/{MODEL}/fig06_{MODEL}_latency.png").is_file()
-    study = pl.read_parquet(run.directory / "results/sensitivity.parquet")
-    assert set(study["layer"]) == set(run.params.sensitivity.layers)
+    studies = run.directory / "studies"
+    output = call(studies, "dvc", "repro")
+    expected = {"sensitivity_train", "sensitivity", f"latency@{MODEL}"}
+    expected |= {f"sensitivity_traces@{MODEL}-{name}" for name in run.params.matrix.trained_on}
+    assert stages_run(output) == expected
+    assert (studies / f"reports/latency/{MODEL}/fig06_{MODEL}_latency.png").is_file()
+    study = pl.read_parquet(studies / "results/sensitivity.parquet")
+    assert set(study["layer"]) == set(read_study(run.params, studies / "params.yaml").layers)
     assert {"hidden", "hidden, no position"} <= set(study["value"])
-    assert set(study.filter(pl.col("corpus") == "ruler")["length"]) == {512, 1024}
-    assert (run.directory / "reports/sensitivity/index.html").is_file()
-    assert stages_run(call(run.directory, "dvc", "repro", "studies/dvc.yaml")) == set()
+    assert set(study.filter(pl.col("benchmark") == "ruler")["length"]) == {512, 1024}
+    assert (studies / "reports/sensitivity/index.html").is_file()
+    assert stages_run(call(studies, "dvc", "repro")) == set()
+    assert UP_TO_DATE in call(run.directory, "dvc", "status")
 
 
 def test_a_changed_training_reruns_what_depends_on_it_only(run: Run) -> None:

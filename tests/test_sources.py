@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import sources
 from pipeline.errors import PipelineError
-from pipeline.params import PinnedUri, SourceParams
-from pipeline.sources import fetch, record
-from pipeline.workdir import hash_file
+from pipeline.files import hash_file
+from pipeline.sources import fetch as sources
+from pipeline.sources.fetch import fetch
+from pipeline.sources.pins import PinnedUri, SourceParams, record
 
 
 def make_wheel(path: Path, files: dict[str, str]) -> str:

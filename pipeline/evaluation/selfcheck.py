@@ -17,14 +17,15 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.errors import PipelineError, one_line
 from pipeline.evaluation.decode import continuation_nll, greedy_decode
-from pipeline.evaluation.sweep import Sweep
+from pipeline.evaluation.evict import evict
+from pipeline.evaluation.prefill import prefill_sample
 from pipeline.evaluation.verdict import Verdict
 from pipeline.models.attention import attention_function, attention_implementation
 from pipeline.models.forward import run_model
 from pipeline.models.layout import CacheLayout, cache_layout
-from pipeline.params import EvaluationParams, TracesParams
 from pipeline.samples.sample import Sample
 from pipeline.traces.capture import ObservedLayer, Recorder, Tails, capture_attention, run_captured
+from pipeline.traces.importance import TracesParams
 
 # Largest difference allowed in float32: nats of a token, a weight of attention, or a part of the largest number of a
 # layer's keys. Rounding stays a tenth of it or less; anything computed otherwise is far above it.
@@ -34,7 +35,6 @@ _CONTEXT, _CONTINUATION, _GREEDY, _ATTENTION = 160, 24, 16, 96
 _LARGEST_WINDOW = 1024
 # Tokens on either side of a place at which positions may be computed in another way.
 _AROUND = 24
-_RULES = EvaluationParams(budgets=(_CONTEXT,), n_sink=4, n_recent=16, seed=0)
 _TRACES = TracesParams(block_size=16, query_chunk=64, sequences_per_shard=1)
 
 
@@ -130,12 +130,9 @@ def _tokens(model: PreTrainedModel, count: int) -> Tensor:
 
 def _ours(model: PreTrainedModel, ids: Tensor, context: int) -> tuple[Tensor, list[int]]:
     """Nats of each token behind the context, (t,) float32, and greedy tokens, by the sweep, keeping everything."""
-    sample = Sample(
-        "check", "check", "check", "test", tuple(ids.tolist()), context, None, (), _GREEDY, "{}", "nll"
-    )  # fmt: skip
-    sweep = Sweep(model, None, {}, _RULES, _TRACES, ())  # type: ignore[arg-type]  # no text is decoded
-    prefill = sweep.prefill(sample, 0)
-    cache, _ = sweep.evict(prefill, {}, len(ids) - context + _GREEDY)
+    sample = Sample("check", "check", "check", "test", tuple(ids.tolist()), context, None, (), _GREEDY, "{}")
+    prefill = prefill_sample(model, sample, {}, {}, _TRACES, 0, ranked=False)
+    cache, _ = evict(prefill, {}, (), cache_layout(model).windows, len(ids) - context + _GREEDY)
     nll = continuation_nll(model, cache, ids[context - 1 :], context - 1)[0]
     cache.rewind()
     (tokens,) = greedy_decode(model, cache, ids[context - 1 : context].tolist(), context - 1, _GREEDY, lambda _: False)

@@ -93,6 +93,6 @@ def require_readable(verdict: Verdict, samples: Sequence[Sample]) -> None:
         if verdict.longest is not None and length > verdict.longest:
             raise PipelineError(
                 f"{verdict.model} computes positions in another way in texts of more than {verdict.longest} tokens, so "
-                f"that keys cached before no longer fit; sample {sample.sample_id} has {length}: shorten the corpus or "
-                "choose another model."
+                f"that keys cached before no longer fit; sample {sample.sample_id} has {length}: shorten the benchmark "
+                "or choose another model."
             )

@@ -1,10 +1,47 @@
 """From a ranking to a smaller cache: protect, keep a prefix, gather. It knows neither policies nor models."""
 
+from typing import Annotated, Literal
+
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from pipeline.errors import PipelineError
 from pipeline.policy.ranking import rank
+from pipeline.section import Budgets, PositiveInt, Section, Seed
+
+
+class EvaluationParams(Section):
+    """The sweep. ``budgets`` are absolute token counts per head, the protected tokens included."""
+
+    budgets: Budgets
+    n_sink: Annotated[int, Field(ge=0)]
+    n_recent: PositiveInt
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _budgets_hold_the_protected(self) -> "EvaluationParams":
+        if self.budgets[0] < self.n_sink + self.n_recent:
+            raise ValueError(
+                f"the smallest budget, {self.budgets[0]}, is below the {self.n_sink + self.n_recent} protected tokens"
+            )
+        return self
+
+
+class AtBenchmark(Section):
+    """How one benchmark is evaluated: ``benchmarks.<name>.evaluate``.
+
+    Attributes
+    ----------
+    budgets
+        In place of those of the evaluation section, for contexts of another length; None for those.
+    shorter
+        Of a context that is shorter than a budget: ``refuse`` it, or leave it ``whole`` there, as in benchmarks
+        whose contexts differ much.
+    """
+
+    budgets: Budgets | None
+    shorter: Literal["refuse", "whole"]
 
 
 def protected_ranking(scores: Tensor, n_sink: int, n_recent: int) -> Tensor:

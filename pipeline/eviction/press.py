@@ -25,7 +25,7 @@ class KVPPress(ScorerPress):  # type: ignore[misc]  # kvpress is untyped
     compression_ratio
         Fraction of key-value pairs to remove during compression.
     policy_directory
-        A directory written by the train stage (policies/<model>/<corpus>/<estimator>).
+        A directory written by the train stage (policies/<model>/<trained_on>/<estimator>).
     n_sink, n_recent
         Tokens at the start and end that are always kept.
 

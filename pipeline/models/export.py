@@ -18,9 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.errors import PipelineError, one_line
+from pipeline.files import atomic_write, disk_errors, remove, write_json
 from pipeline.models.gguf import sentencepiece_tokenizer
 from pipeline.models.load import quiet, require_weights
-from pipeline.workdir import atomic_write, disk_errors, remove, write_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SOURCE_FILE = "source.json"

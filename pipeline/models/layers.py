@@ -1,4 +1,4 @@
-"""How layers are numbered, and what a config says of them before there is a model to ask (``layout.py``)."""
+"""How layers are numbered, and what a config says of them before there is a model (``pipeline/models/layout.py``)."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NewType

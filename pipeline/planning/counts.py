@@ -6,11 +6,12 @@ tested against it. Passes over memory are counted by reading that code, at whole
 
 from collections.abc import Sequence
 
-from pipeline.params import TracesParams
 from pipeline.planning.devices import Work
 from pipeline.planning.shapes import ModelShape
 from pipeline.policy.agents import UNITS_PER_BLOCK, PolicyShape
-from pipeline.policy.pairs import NODES, WEIGHTS_PER_BLOCK
+from pipeline.policy.estimators.base import Estimator
+from pipeline.policy.estimators.exact import WEIGHTS_PER_BLOCK
+from pipeline.traces.importance import TracesParams
 
 # Parquet's marks of where the lists of a row begin, per list, and its headers and metadata of one row group.
 _LIST_BYTES, _ROW_GROUP_BYTES = 3, 1100
@@ -128,14 +129,8 @@ def score_work(policy: PolicyShape, tokens: float) -> Work:
     )
 
 
-def step_work(policy: PolicyShape, estimator: str, samples: int, tokens: int, block_size: int) -> Work:
-    """One training step, on average over the cache sizes at which a sequence of ``tokens`` is cut.
-
-    Parameters
-    ----------
-    samples
-        Rankings that ``rloo`` draws.
-    """
+def step_work(policy: PolicyShape, estimator: Estimator, tokens: int, block_size: int) -> Work:
+    """One training step, on average over the cache sizes at which a sequence of ``tokens`` is cut."""
     cuts = (tokens - 1) // block_size
     mean = block_size * (cuts + 1) / 2
     rows = policy.heads * mean
@@ -144,13 +139,18 @@ def step_work(policy: PolicyShape, estimator: str, samples: int, tokens: int, bl
         moved=_STEP_BYTES * sum(policy.widths) * rows + _OPTIMIZER_BYTES * policy.heads * policy.parameters_per_agent,
         kernels=_STEP_KERNELS,
     )
-    if estimator == "exact":
-        moved = _WEIGHT_BYTES * NODES * rows + _PLACE_BYTES * _PLACES * policy.heads
-        return step + Work(agent_flops=2 * NODES**2 * rows, moved=moved, kernels=_GRID_KERNELS)
-    return step + Work(moved=RANKING_BYTES * samples * rows)
+    if nodes := estimator.nodes:
+        moved = _WEIGHT_BYTES * nodes * rows + _PLACE_BYTES * _PLACES * policy.heads
+        return step + Work(agent_flops=2 * nodes**2 * rows, moved=moved, kernels=_GRID_KERNELS)
+    return step + Work(moved=RANKING_BYTES * _rankings(estimator) * rows)
 
 
-def step_memory(policy: PolicyShape, estimator: str, samples: int, tokens: int, accelerator: bool) -> dict[str, int]:
+def _rankings(estimator: Estimator) -> int:
+    """Orders that are computed: what draws none still sorts once."""
+    return max(1, estimator.rankings)
+
+
+def step_memory(policy: PolicyShape, estimator: Estimator, tokens: int, accelerator: bool) -> dict[str, int]:
     """Bytes of a training step at its peak on the device, by part."""
     device = "cuda" if accelerator else "cpu"
     heads = min(policy.heads, max(1, UNITS_PER_BLOCK[device] // (tokens * policy.agent.hidden_width)))
@@ -159,9 +159,9 @@ def step_memory(policy: PolicyShape, estimator: str, samples: int, tokens: int, 
         "agents, gradients, moments": 4 * 4 * policy.heads * policy.parameters_per_agent,
         "activations": 4 * rows * (2 * policy.widths[0] + 4 * sum(policy.widths[1:])),
     }
-    if estimator == "exact":
-        weights = min(WEIGHTS_PER_BLOCK[device], rows * NODES)
+    if estimator.nodes:
+        weights = min(WEIGHTS_PER_BLOCK[device], rows * estimator.nodes)
         # Powers, weights, their product with the importance, and the indices of the nodes.
         return parts | {"one block of the grid": 4 * 8 * weights}
     # The uniform numbers of all heads; int64 rankings, noise, ordered scores and their running sums of a block.
-    return parts | {"rankings": 4 * samples * (policy.heads * tokens + 8 * rows)}
+    return parts | {"rankings": 4 * _rankings(estimator) * (policy.heads * tokens + 8 * rows)}

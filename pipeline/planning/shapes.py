@@ -8,7 +8,7 @@ from transformers import AutoConfig
 
 from pipeline.errors import PipelineError
 from pipeline.models.layers import full_attention_layers
-from pipeline.params import ModelParams
+from pipeline.sources.pins import SourceParams
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,13 @@ SHAPES = {
 }
 
 
-def model_shape(name: str, params: ModelParams, models: Path) -> tuple[ModelShape, str]:
+def model_shape(name: str, source: SourceParams, models: Path) -> tuple[ModelShape, str]:
     """The shape of a model, and where it is known from.
 
     Parameters
     ----------
+    source
+        What the model is made from.
     models
         Where the model stage writes.
 
@@ -82,7 +84,7 @@ def model_shape(name: str, params: ModelParams, models: Path) -> tuple[ModelShap
     path = models / name / "config.json"
     if not path.is_file():
         # hub:owner/name, or a file name that ends in the kind of quantisation
-        published = re.sub(r"[.-]q\d\w*\.gguf$", "", re.split("[/:]", params.source.uri)[-1], flags=re.IGNORECASE)
+        published = re.sub(r"[.-]q\d\w*\.gguf$", "", re.split("[/:]", source.uri)[-1], flags=re.IGNORECASE)
         if published in SHAPES:
             return SHAPES[published], f"the published sizes of {published}"
         raise PipelineError(

@@ -3,7 +3,9 @@
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.planning.plan import Plan, StageCost, paper_training
+from pipeline.planning.paper import paper_training
+from pipeline.planning.plan import Plan
+from pipeline.planning.stages import StageCost
 
 
 def _time(seconds: float) -> str:

@@ -13,22 +13,47 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, one_line
+from pipeline.files import atomic_write, write_json
 from pipeline.models.layers import RankedLayer
-from pipeline.params import AgentParams
-from pipeline.workdir import atomic_write, write_json
+from pipeline.policy.inputs.base import INPUTS, AgentInput
+from pipeline.section import PositiveInt, Section
 
 WEIGHTS_FILE, CONFIG_FILE = "policy.safetensors", "config.json"
 # Hidden units of one layer that are computed at once. On two CPU cores a training step of 90 agents on 960 tokens
 # takes half the time that it takes without blocks: memory is used again while it is in the cache.
 UNITS_PER_BLOCK = {"cpu": 1 << 20, "cuda": 1 << 28}
+
+
+class AgentParams(Section):
+    """Shape of one agent: an MLP from ``inputs``, what it sees of a token (``pipeline/policy/inputs``), to a score."""
+
+    hidden_width: PositiveInt
+    hidden_layers: PositiveInt
+    inputs: Annotated[tuple[str, ...], Field(min_length=1)]
+
+    @field_validator("inputs")
+    @classmethod
+    def _known(cls, inputs: tuple[str, ...]) -> tuple[str, ...]:
+        for name in inputs:
+            if name not in INPUTS.names():
+                raise ValueError(f"'{name}' is no {INPUTS.what}; known: {', '.join(INPUTS.names())}")
+        if len(set(inputs)) < len(inputs):
+            raise ValueError("an input is named twice")
+        return inputs
+
+    @property
+    def seen(self) -> list[AgentInput]:
+        """The inputs, in their order."""
+        return [INPUTS.load(name)() for name in self.inputs]
 
 
 @dataclass(frozen=True)
@@ -50,13 +75,13 @@ class PolicyShape:
 
     @property
     def channels(self) -> int:
-        """Channels of the cached states that an agent sees, positions aside."""
-        return self.head_dim * (2 if self.agent.inputs == "both" else 1)
+        """Numbers that an agent sees of a token after they were normalised."""
+        return sum(entry.width(self.head_dim) for entry in self.agent.seen if entry.normalised)
 
     @property
     def widths(self) -> list[int]:
         """Layer widths of one agent, from input to score."""
-        inputs = self.channels + len(self.agent.position_features)
+        inputs = sum(entry.width(self.head_dim) for entry in self.agent.seen)
         return [inputs, *[self.agent.hidden_width] * self.agent.hidden_layers, 1]
 
     @property
@@ -77,10 +102,8 @@ class Policy(nn.Module):
 
     Notes
     -----
-    Inputs are normalised per head and channel with ``mean`` and ``std`` (2 * head_dim values: key, then
-    value; head_dim where the agent sees one vector), taken from the training traces and stored in the
-    checkpoint. Position features are log1p(tokens before) / 8 (``position``) and log1p(tokens after) / 8
-    (``age``): defined at every length, of order 1 from the first token to 100k.
+    Of its inputs, in their order, those that are to be normalised are: per head and number with ``mean`` and
+    ``std``, taken from the training traces and stored in the checkpoint.
     """
 
     mean: Tensor
@@ -88,7 +111,7 @@ class Policy(nn.Module):
 
     def __init__(self, shape: PolicyShape, generator: torch.Generator | None = None) -> None:
         super().__init__()
-        self.shape = shape
+        self.shape, self.seen = shape, shape.agent.seen
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for fan_in, fan_out in zip(shape.widths, shape.widths[1:], strict=False):
             weight, bias = torch.zeros(shape.heads, fan_in, fan_out), torch.zeros(shape.heads, 1, fan_out)
@@ -111,7 +134,7 @@ class Policy(nn.Module):
         ----------
         keys, values
             (heads, n, head_dim), any floating dtype; the cache holds positions 0 .. n-1. Agents that see hidden
-            states find them in place of the keys (``pipeline/traces/hidden.py``).
+            states find them in place of the keys (``studies/sensitivity/hidden.py``).
         layer
             None for all heads of the model; otherwise ``heads`` are the kv_heads of this layer of the policy.
 
@@ -139,23 +162,25 @@ class Policy(nn.Module):
         limit = UNITS_PER_BLOCK.get(self.mean.device.type, 1 << 24)
         return max(1, limit // (others * self.shape.agent.hidden_width))
 
-    def states(self, keys: Tensor, values: Tensor, out: Tensor | None = None) -> Tensor:
-        """The part of the cache that the agents see: (heads, n, head_dim) twice -> (heads, n, channels)."""
-        seen = {"keys": [keys], "values": [values], "both": [keys, values], "hidden": [keys]}
-        return torch.cat(seen[self.shape.agent.inputs], dim=-1, out=out)
+    def states(self, keys: Tensor, values: Tensor) -> Tensor:
+        """What is to be normalised, as it is: (heads, n, head_dim) twice -> (heads, n, channels)."""
+        return torch.cat([entry.of(keys, values) for entry in self.seen if entry.normalised], dim=-1)
 
     @torch.no_grad()
     def inputs(self, keys: Tensor, values: Tensor, heads: slice) -> Tensor:
         """What the agents of ``heads`` see, normalised: (heads, n, head_dim) twice -> (heads, n, inputs) float32."""
-        tokens, channels = keys.shape[1], self.shape.channels
-        inputs = self.mean.new_empty(keys.shape[0], tokens, self.shape.widths[0])
-        # In place: the copies would cost more than the arithmetic.
-        self.states(keys, values, out=inputs[..., :channels])
-        inputs[..., :channels].sub_(self.mean[heads]).div_(self.std[heads])
-        index = torch.arange(tokens, device=inputs.device, dtype=torch.float32)
-        features = {"position": torch.log1p(index) / 8, "age": torch.log1p(tokens - 1 - index) / 8}
-        for column, name in enumerate(self.shape.agent.position_features, start=channels):
-            inputs[..., column] = features[name]
+        inputs = self.mean.new_empty(*keys.shape[:2], self.shape.widths[0])
+        mean, std = self.mean[heads], self.std[heads]
+        first = channel = 0
+        for entry in self.seen:
+            width = entry.width(self.shape.head_dim)
+            # In place: the copies would cost more than the arithmetic.
+            column = inputs[..., first : first + width].copy_(entry.of(keys, values))
+            if entry.normalised:
+                statistics = slice(channel, channel + width)
+                column.sub_(mean[..., statistics]).div_(std[..., statistics])
+                channel += width
+            first += width
         return inputs
 
 
@@ -224,20 +249,20 @@ def load_policy(
     try:
         config = json.loads((directory / CONFIG_FILE).read_text())
         payload = (directory / WEIGHTS_FILE).read_bytes()
-        agent = AgentParams.model_validate(
-            config["agent"] | {"position_features": tuple(config["agent"]["position_features"])}
-        )
+        agent = AgentParams.model_validate(config["agent"] | {"inputs": tuple(config["agent"]["inputs"])})
         shape = PolicyShape(config["layers"], config["kv_heads"], config["head_dim"], agent)
         checksum, trained_for = config["sha256"], config["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PipelineError(f"{directory} holds no readable policy ({error}); run the train stage again.") from None
+        raise PipelineError(
+            f"{directory} holds no readable policy ({one_line(error)}); run the train stage again."
+        ) from None
     if hashlib.sha256(payload).hexdigest() != checksum:
         raise PipelineError(
             f"{directory / WEIGHTS_FILE} does not match the checksum in {CONFIG_FILE}, it was changed; train again."
         )
     if model is not None and trained_for != model:
         raise PipelineError(f"{directory} was trained for {trained_for}, not for {model}; train a policy for {model}.")
-    if agent.inputs == "hidden" and not hidden_states:
+    if not hidden_states and not all(entry.cached for entry in agent.seen):
         raise PipelineError(
             f"{directory} ranks tokens by hidden states, which a cache does not hold; train a policy that sees "
             "keys or values (train.agent.inputs)."

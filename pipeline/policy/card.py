@@ -16,14 +16,14 @@ def model_card(directory: Path) -> str:
         **_ranked_layers(config["trace_shape"]["layer_numbers"]),
         "parameters per agent": f"{config['parameters_per_agent']:,}",
         "agent": f"MLP, {agent['hidden_layers']} hidden layers of {agent['hidden_width']}",
-        "position features": ", ".join(agent["position_features"]) or "none",
+        "sees of a token": ", ".join(agent["inputs"]),
         "estimator": config["estimator"],
         "training": f"{train['steps']} steps, learning rate {train['learning_rate']:g}, seed {train['seed']}",
         "training sequences": config["training_sequences"],
         "fingerprint of the traces": config["trace_fingerprint"][:16],
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"""# Eviction policy for {config["model"]}, trained on {config["corpus"]} ({config["estimator"]})
+    return f"""# Eviction policy for {config["model"]}, trained on {config["trained_on"]} ({config["estimator"]})
 
 Ranks the tokens of each KV head's cache from keys, values and positions alone, as in "Learning to Evict
 from Key-Value Cache" (arXiv 2602.10238). One ranking serves every budget.
@@ -35,7 +35,7 @@ from Key-Value Cache" (arXiv 2602.10238). One ranking serves every budget.
 ```python
 from pipeline.eviction.press import KVPPress
 
-directory = "policies/{config["model"]}/{config["corpus"]}/{config["estimator"]}"
+directory = "policies/{config["model"]}/{config["trained_on"]}/{config["estimator"]}"
 with KVPPress(compression_ratio=0.75, policy_directory=directory)(model):
     model(input_ids, past_key_values=cache)
 ```

@@ -1,42 +1,53 @@
 """Train all agents of a model from stored traces (paper, Algorithm 1). The language model is never run.
 
 Each step draws a sequence and a cache size, scores its tokens with every agent, and follows the gradient
-of the expected cost: sampled (``rloo``, as published) or in closed form (``exact``); ``softrank`` is the
-sorting surrogate that the paper compares them with (figure 5b). Every draw depends on (seed, step) only, so
+of its estimator (``pipeline/policy/estimators``). Every draw depends on (seed, step) only, so
 a run resumed from a checkpoint ends with the same bytes. This file knows no MLflow: curves go to Parquet.
 """
 
+import functools
 import hashlib
-import json
 import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Queue
-from typing import Any, Literal
+from typing import Annotated, Any
 
-import polars as pl
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import Field
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.params import TrainParams
-from pipeline.policy.agents import Policy, PolicyShape, run_agents, save_policy
-from pipeline.policy.pairs import expected_cost
-from pipeline.policy.ranking import optimal_total_cost, rank, rloo_loss, total_cost
-from pipeline.policy.soft_rank import soft_rank_loss
+from pipeline.files import atomic_write
+from pipeline.policy.agents import AgentParams, Policy, PolicyShape, run_agents, save_policy
+from pipeline.policy.estimators.base import Estimator
+from pipeline.policy.progress import CHECKPOINT_FILE, Curves, resume, save_checkpoint
+from pipeline.policy.ranking import optimal_total_cost, rank, total_cost
+from pipeline.section import PositiveInt, Section, Seed
 from pipeline.traces.importance import future_importance
 from pipeline.traces.shards import TraceReader, remove_unfinished
-from pipeline.workdir import atomic_write
 
-Estimator = Literal["exact", "rloo", "softrank"]
 CURVES_FILE = "curves.parquet"
-CHECKPOINT_FILE = "checkpoint.safetensors"
-# Statistics of keys and values need no more than this many, taken evenly: a corpus may be sorted by task.
+# Statistics of keys and values need no more than this many, taken evenly: samples may be sorted by task.
 NORMALISATION_SEQUENCES = 32
+
+
+class TrainParams(Section):
+    """Training of all agents of a model (paper, Algorithm 1)."""
+
+    agent: AgentParams
+    steps: PositiveInt
+    learning_rate: Annotated[float, Field(gt=0)]
+    final_learning_rate: Annotated[float, Field(gt=0)]
+    warmup_steps: Annotated[int, Field(ge=0)]
+    warmup_factor: Annotated[float, Field(gt=0, le=1)]
+    gradient_clip: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    validate_every: PositiveInt
+    checkpoint_every: PositiveInt
+    seed: Seed
 
 
 @dataclass(frozen=True)
@@ -100,13 +111,13 @@ def train_policy(
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=params.learning_rate, weight_decay=params.weight_decay, fused=True
     )
-    curves = _Curves(shape, trace.layer_numbers)
-    done = _resume(work, policy, optimizer, curves)
+    curves = Curves(shape, trace.layer_numbers)
+    done = resume(work, policy, optimizer, curves)
     advance(done, "resumed" if done else "starting")
     for step, (keys, values, importance, uniform) in _prefetch(reader, estimator, params, done, device):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, params)
-        loss = compute_gradients(policy, keys, values, loss_function(estimator, importance, uniform))
+        loss = compute_gradients(policy, keys, values, functools.partial(_loss, estimator, importance, uniform))
         norms = clip_gradients(policy, params.gradient_clip)
         optimizer.step()
         curves.add(step, "loss", loss)
@@ -118,7 +129,7 @@ def train_policy(
             curves.add(step, "validation_cost", cost)
             status = f"validation cost {cost.mean():.3f}"
         if (step + 1) % params.checkpoint_every == 0 and step + 1 < params.steps:
-            _save_checkpoint(work, policy, optimizer, curves, step + 1)
+            save_checkpoint(work, policy, optimizer, curves, step + 1)
         advance(1, status)
     with atomic_write(work / CURVES_FILE) as temporary:
         curves.table().write_parquet(temporary)
@@ -127,25 +138,17 @@ def train_policy(
     remove_unfinished(work)
 
 
-def loss_function(estimator: Estimator, importance: Tensor, uniform: Tensor) -> Callable[[Tensor, slice], Tensor]:
-    """The loss of one step: of scores (some heads, n) and which heads they are -> (some heads,).
-
-    ``importance`` is (heads, n), ``uniform`` what :func:`draw_uniform` drew for it.
-    """
-    if estimator == "exact":
-        return lambda scores, heads: expected_cost(scores, importance[heads]) / optimal_total_cost(importance[heads])
-    if estimator == "softrank":
-        return lambda scores, heads: soft_rank_loss(scores, importance[heads])
-    return lambda scores, heads: rloo_loss(scores, importance[heads], uniform[:, heads])
+def _loss(estimator: Estimator, importance: Tensor, uniform: Tensor, scores: Tensor, heads: slice) -> Tensor:
+    """The losses of some heads of a step."""
+    return estimator.loss(scores, importance[heads], uniform[:, heads])
 
 
 def draw_uniform(estimator: Estimator, params: TrainParams, step: int, heads: int, tokens: int) -> Tensor:
-    """What the rankings of a step are made of: (samples, heads, tokens) in [0, 1); no samples but for ``rloo``.
+    """What the rankings of a step are made of: (rankings, heads, tokens) in [0, 1).
 
     It depends on seed and step only. Drawn on the CPU, because a GPU's generators draw other numbers.
     """
-    samples = params.rloo_samples if estimator == "rloo" else 0
-    return torch.rand(samples, heads, tokens, generator=_generator(params.seed, "rankings", step))
+    return torch.rand(estimator.rankings, heads, tokens, generator=_generator(params.seed, "rankings", step))
 
 
 def compute_gradients(
@@ -209,7 +212,7 @@ def _check_finite(step: int, estimator: Estimator, params: TrainParams, *values:
     finite = torch.stack([value.isfinite() for value in values]).all(0)
     if not finite.all():
         raise PipelineError(
-            f"The training with {estimator} has diverged: at step {step + 1} the scores, losses or gradients of "
+            f"The training with {estimator.name} has diverged: at step {step + 1} the scores, losses or gradients of "
             f"{int((~finite).sum())} of {len(finite)} heads are not finite; lower train.learning_rate "
             f"({params.learning_rate:g}) in params.yaml."
         )
@@ -222,6 +225,8 @@ def _importance(record: Tensor, cache_size: int, block_size: int, device: str) -
 
 @torch.no_grad()
 def _normalise(policy: Policy, reader: TraceReader) -> None:
+    if not policy.shape.channels:
+        return
     available = len(reader.sequences)
     count = min(NORMALISATION_SEQUENCES, available)
     total, squares, tokens = torch.zeros(()), torch.zeros(()), 0
@@ -298,75 +303,12 @@ def _moved(states: Tensor, device: str) -> Tensor:
     return states.contiguous().pin_memory().to(device, non_blocking=True)
 
 
-class _Curves:
-    """Per-head training curves in memory: (step, metric) -> (heads,) float32."""
-
-    def __init__(self, shape: PolicyShape, layer_numbers: tuple[int, ...]) -> None:
-        self.shape, self.layer_numbers = shape, layer_numbers
-        self.points: list[tuple[int, str, Tensor]] = []
-
-    def add(self, step: int, metric: str, values: Tensor) -> None:
-        self.points.append((step, metric, values.float().cpu()))
-
-    def table(self) -> pl.DataFrame:
-        heads = self.shape.heads
-        layer = torch.tensor(self.layer_numbers).repeat_interleave(self.shape.kv_heads)
-        kv_head = torch.arange(heads) % self.shape.kv_heads
-        frames = [
-            pl.DataFrame(
-                {
-                    "step": pl.Series([step] * heads, dtype=pl.Int32),
-                    "layer": pl.Series(layer.tolist(), dtype=pl.Int32),
-                    "kv_head": pl.Series(kv_head.tolist(), dtype=pl.Int32),
-                    "metric": [metric] * heads,
-                    "value": pl.Series(values.tolist(), dtype=pl.Float32),
-                }
-            )
-            for step, metric, values in self.points
-        ]
-        return pl.concat(frames)
-
-
-def _save_checkpoint(work: Path, policy: Policy, optimizer: torch.optim.AdamW, curves: _Curves, step: int) -> None:
-    tensors = {f"policy.{name}": tensor for name, tensor in policy.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in state.items()}
-    tensors["curves"] = torch.stack([values for _, _, values in curves.points])
-    metadata = {"step": str(step), "points": json.dumps([point[:2] for point in curves.points])}
-    with atomic_write(work / CHECKPOINT_FILE) as temporary:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
-
-
-def _resume(work: Path, policy: Policy, optimizer: torch.optim.AdamW, curves: _Curves) -> int:
-    path = work / CHECKPOINT_FILE
-    if not path.exists():
-        return 0
-    try:
-        with safe_open(path, framework="pt") as stored:
-            metadata = stored.metadata()
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - not a mapping
-        policy.load_state_dict(
-            {name.removeprefix("policy."): tensor for name, tensor in tensors.items() if name.startswith("policy.")}
-        )
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, field = name.split(".")
-                state.setdefault(int(index), {})[field] = tensor
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-        for (step, metric), values in zip(json.loads(metadata["points"]), tensors["curves"], strict=True):
-            curves.points.append((step, metric, values))
-        return int(metadata["step"])
-    except (SafetensorError, RuntimeError, KeyError, ValueError, OSError) as error:
-        raise PipelineError(f"{path} is damaged ({error}); delete it to train from the start.") from None
-
-
 def describe(params: TrainParams, reader: TraceReader, estimator: Estimator) -> dict[str, Any]:
     """Provenance of a training for the policy's config.json."""
     return {
-        "estimator": estimator,
+        "estimator": estimator.name,
         "model": reader.shape.model,
-        "corpus": reader.shape.corpus,
+        "trained_on": reader.shape.benchmark,
         "params": params.model_dump(mode="json"),
         "trace_shape": asdict(reader.shape),
         "training_sequences": len(reader.sequences),

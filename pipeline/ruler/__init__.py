@@ -1,1 +1,1 @@
-"""NVIDIA's RULER generator."""
+"""NVIDIA's RULER generator: its wheel, its scripts, and splits that share nothing."""

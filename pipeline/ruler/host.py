@@ -56,7 +56,7 @@ def _run(job: dict[str, Any], pairs: list[str]) -> None:
         os.environ["PYTHONPATH"] = job["package"]
         os.execv(sys.executable, [sys.executable, job["script"], *job["arguments"]])
     sys.argv = [job["script"], *job["arguments"]]
-    sys.path[0:1] = [str(Path(job["script"]).parent), job["package"]]
+    sys.path[0:0] = [str(Path(job["script"]).parent), job["package"]]
     runpy.run_path(job["script"], _share_pairs(pairs) if _needs_pairs(job) else None, run_name="__main__")
 
 
@@ -94,6 +94,8 @@ def _write(path: Path, text: str) -> None:
 
 def main() -> None:
     """Serve jobs until stdin closes."""
+    # Python puts this file's folder first; a module of it must not stand in for a library of the same name.
+    sys.path.pop(0)
     _preload()
     # Supervisors are reaped by the system.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

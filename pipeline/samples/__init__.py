@@ -1,1 +1,1 @@
-"""Samples: every corpus in one schema."""
+"""Samples: every benchmark in one schema."""

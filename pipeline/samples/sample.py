@@ -1,4 +1,4 @@
-"""The one schema every corpus is turned into, and its Parquet file. It knows no corpus."""
+"""The one schema every benchmark is turned into, and its Parquet file. It knows no benchmark."""
 
 import json
 from collections.abc import Sequence
@@ -10,15 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import PipelineError
-from pipeline.workdir import atomic_write
+from pipeline.files import atomic_write
 
 Split = Literal["train", "validation", "test"]
+Ask = Literal["text", "likelihood", "choice"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+ASKS: tuple[Ask, ...] = ("text", "likelihood", "choice")
 
 SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),
-        ("corpus", pa.string()),
+        ("benchmark", pa.string()),
         ("task", pa.string()),
         ("split", pa.string()),
         ("input_ids", pa.list_(pa.int32())),
@@ -26,7 +28,8 @@ SCHEMA = pa.schema(
         ("question_start", pa.int32()),
         ("answers", pa.list_(pa.string())),
         ("max_new_tokens", pa.int32()),
-        ("metric", pa.string()),
+        ("ask", pa.list_(pa.string())),
+        ("enough", pa.list_(pa.list_(pa.string()))),
         ("choices", pa.list_(pa.list_(pa.int32()))),
         ("gold", pa.int32()),
         ("meta", pa.string()),
@@ -42,9 +45,9 @@ class Sample:
     Attributes
     ----------
     sample_id
-        Unique within a model and corpus.
-    corpus, task, split
-        ``task`` is the RULER task, or the corpus' own name where it has no tasks.
+        Unique within a model and benchmark.
+    benchmark, task, split
+        ``task`` is the benchmark's own name where it has no tasks.
     input_ids
         Token ids of prompt and true continuation, special tokens included.
     prompt_len
@@ -53,21 +56,24 @@ class Sample:
         Where the late question begins: the tokens before it are the compressed context. None where the
         question is part of it.
     answers
-        Reference strings of the metric, or the choices' texts; empty where the metric is perplexity.
+        Reference strings, or the choices' texts; empty where only the likelihood of the continuation is asked for.
     max_new_tokens
         How many tokens may be generated; 0 where nothing is.
-    metric
-        The benchmark's official metric: ``nll`` for the true continuation, ``accuracy`` or ``accuracy_norm``
-        for a choice, one of ``pipeline/benchmarks/metrics.py`` for a generated text.
+    ask
+        What the sweep does against each evicted cache: write a ``text``, measure the ``likelihood`` of the true
+        continuation, choose among ``choices``. Empty where the sample is only learned from.
+    enough
+        Groups of strings. A text that holds all strings of one group, case ignored, may stop there: its score
+        cannot change any more.
     choices, gold
         Token ids of each continuation to choose from, and which of them is right; empty and None where
         nothing is chosen.
     meta
-        JSON of whatever the corpus wants to keep.
+        JSON of whatever the benchmark wants to keep.
     """
 
     sample_id: str
-    corpus: str
+    benchmark: str
     task: str
     split: Split
     input_ids: tuple[int, ...]
@@ -76,7 +82,8 @@ class Sample:
     answers: tuple[str, ...]
     max_new_tokens: int
     meta: str
-    metric: str
+    ask: tuple[Ask, ...] = ()
+    enough: tuple[tuple[str, ...], ...] = ()
     choices: tuple[tuple[int, ...], ...] = ()
     gold: int | None = None
 
@@ -101,7 +108,7 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
         There are no samples, two share an id, a continuation is empty or a question lies outside its prompt.
     """
     if not samples:
-        raise PipelineError(f"{path}: the corpus has no samples; check its source and params.yaml (samples, length).")
+        raise PipelineError(f"{path}: the benchmark has no samples; check its source and params.yaml (sizes, length).")
     _check(path, samples)
     table = pa.Table.from_pylist([asdict(sample) for sample in samples], schema=SCHEMA)
     with atomic_write(path) as temporary:
@@ -150,6 +157,8 @@ def _check(path: Path, samples: Sequence[Sample]) -> None:
             raise PipelineError(f"{name} has no tokens after its prompt; drop it or give an answer.")
         if not 1 <= sample.context_len <= sample.prompt_len:
             raise PipelineError(f"{path}: the question of sample {sample.sample_id} starts outside its prompt; fix it.")
+        if set(sample.ask) - set(ASKS) or ("choice" in sample.ask) != bool(sample.choices):
+            raise PipelineError(f"{name} does not say what is asked of it; build the samples again.")
         if min(min(ids, default=0) for ids in (sample.input_ids, *sample.choices)) < 0:
             raise PipelineError(f"{name} has a negative token id; build the samples again.")
         if not _is_object(sample.meta):

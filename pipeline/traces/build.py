@@ -7,9 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 from pipeline.models.layout import cache_layout
-from pipeline.params import TracesParams
 from pipeline.samples.sample import Sample
 from pipeline.traces.capture import LayerTrace, capture_sequence
+from pipeline.traces.importance import TracesParams
 from pipeline.traces.shards import TraceShape, is_committed, write_manifest, write_shard
 
 
@@ -17,7 +17,7 @@ def build_traces(
     work: Path,
     model: PreTrainedModel,
     model_name: str,
-    corpus: str,
+    benchmark: str,
     splits: Mapping[str, Sequence[Sample]],
     params: TracesParams,
     advance: Callable[[int], None],
@@ -39,7 +39,9 @@ def build_traces(
     numbers = layout.ranked
     kept = [index for index, number in enumerate(numbers) if layers is None or number in layers]
     kept_numbers = tuple(numbers[index] for index in kept)
-    shape = TraceShape(model_name, corpus, len(kept), layout.kv_heads, layout.head_dim, params.block_size, kept_numbers)
+    shape = TraceShape(
+        model_name, benchmark, len(kept), layout.kv_heads, layout.head_dim, params.block_size, kept_numbers
+    )
     shards: dict[str, int] = {}
     for split, samples in splits.items():
         size = params.sequences_per_shard

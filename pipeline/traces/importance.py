@@ -7,7 +7,24 @@ exact at every cache size that is a multiple of the block size, and queries need
 """
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
+
+from pipeline.section import PositiveInt, Section
+
+
+class TracesParams(Section):
+    """How attention is captured. ``block_size`` queries make one entry of the future-attention record."""
+
+    block_size: PositiveInt
+    query_chunk: PositiveInt
+    sequences_per_shard: PositiveInt
+
+    @model_validator(mode="after")
+    def _chunk_of_blocks(self) -> "TracesParams":
+        if self.query_chunk % self.block_size:
+            raise ValueError("query_chunk must be a multiple of block_size")
+        return self
 
 
 def future_importance(record: Tensor, cache_size: int, block_size: int) -> Tensor:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -27,10 +27,12 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.traces.capture import LayerTrace
+from pipeline.files import disk_errors, hash_file, remove, write_json
 from pipeline.traces.importance import pack_record, record_entries, record_lengths, unpack_record
 from pipeline.traces.pages import plain_values
-from pipeline.workdir import disk_errors, hash_file, remove, write_json
+
+if TYPE_CHECKING:
+    from pipeline.traces.capture import LayerTrace
 
 MANIFEST = "manifest.json"
 # Larger than a row group, whose vectors then lie in one page and are read without Arrow (pipeline/traces/pages.py).
@@ -46,7 +48,7 @@ class TraceShape:
     """
 
     model: str
-    corpus: str
+    benchmark: str
     layers: int
     kv_heads: int
     head_dim: int
@@ -87,7 +89,7 @@ def write_shard(
     split: str,
     shard: int,
     shape: TraceShape,
-    sequences: Iterable[tuple[int, str, list[LayerTrace]]],
+    sequences: Iterable[tuple[int, str, list["LayerTrace"]]],
 ) -> None:
     """Write one shard: a file per layer, then the commit marker.
 
@@ -182,7 +184,7 @@ def _open_writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def _tables(
-    index: int, sample_id: str, layer: int, trace: LayerTrace, shape: TraceShape, schema: pa.Schema
+    index: int, sample_id: str, layer: int, trace: "LayerTrace", shape: TraceShape, schema: pa.Schema
 ) -> Iterable[pa.Table]:
     tokens = trace.keys.shape[1]
     keys = as_float16(trace.keys, sample_id, layer, "key")
@@ -276,7 +278,7 @@ class TraceReader:
             for entry in content["sequences"]
         ]
         if not self.sequences:
-            raise PipelineError(f"{root}: the split {split} has no sequences; raise corpora.*.samples.{split}.")
+            raise PipelineError(f"{root}: the split {split} has no sequences; raise its sizes.{split} in params.yaml.")
         if sequences is not None:
             self.sequences = [self.sequences[index] for index in sequences]
         captured = self.shape.layer_numbers

@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -26,15 +27,17 @@ from transformers import (
 
 from pipeline.errors import PipelineError
 from pipeline.evaluation.selfcheck import check_model
-from pipeline.evaluation.sweep import FULL, ORACLE, PolicyKey, Sweep
+from pipeline.evaluation.sweep import Sweep
 from pipeline.evaluation.verdict import Verdict, read_verdict, require_readable
-from pipeline.eviction.baselines import BASELINES
+from pipeline.eviction.budget import EvaluationParams
+from pipeline.files import write_json
 from pipeline.models.layout import cache_layout
-from pipeline.params import EvaluationParams, TracesParams
 from pipeline.samples.sample import Sample
+from pipeline.tables import FULL, ORACLE, PolicyKey
 from pipeline.traces.capture import capture_sequence
-from pipeline.workdir import write_json
+from pipeline.traces.importance import TracesParams
 from tests.conftest import REPOSITORY, MakeModel
+from tests.eviction.prefills import RANKERS
 from tests.models.families import FAMILIES, SIZES, config
 from tests.models.test_families import sample
 
@@ -85,7 +88,7 @@ def sweep_of(model: PreTrainedModel) -> Sweep:
     """The sweep of all baselines at 32 tokens."""
     rules = EvaluationParams(budgets=(32,), n_sink=4, n_recent=16, seed=0)
     traces = TracesParams(block_size=16, query_chunk=32, sequences_per_shard=2)
-    return Sweep(model, None, {}, rules, traces, (32,))  # type: ignore[arg-type]  # no text is decoded
+    return Sweep(model, None, {}, RANKERS, rules, traces, (32,))  # type: ignore[arg-type]  # no text is decoded
 
 
 # Not in the document: what the sweep says of a family is what a literal computation says of it.
@@ -97,7 +100,7 @@ def test_likelihoods_importance_and_tova_are_those_of_the_model(family: str) -> 
     model = tiny(family).double()
     text = sample("test", 4)
     sweep = sweep_of(model)
-    full = next(outcome.value for outcome in sweep.run(text, 0)[0] if outcome.key == FULL)
+    full = next(fmean(found.nll) for found in sweep.run(text, 0)[0] if found.key == FULL)
     prefill = sweep.prefill(text, 0)
     eager = copy.deepcopy(model)
     eager.set_attn_implementation("eager")
@@ -121,7 +124,7 @@ def test_likelihoods_importance_and_tova_are_those_of_the_model(family: str) -> 
         smooth = F.avg_pool1d(window, 5, stride=1, padding=2).mean(1)
         snapkv = prefill.scores[n][PolicyKey("snapkv")][index].double()
         torch.testing.assert_close(snapkv[:, : n - 64], smooth, rtol=1e-4, atol=1e-6)
-    assert set(prefill.scores[n]) == {ORACLE, *map(PolicyKey, BASELINES)}
+    assert set(prefill.scores[n]) == {ORACLE, *map(PolicyKey, RANKERS)}
 
 
 def add_hook(model: PreTrainedModel, change: Callable[[Tensor], Tensor]) -> None:
@@ -198,9 +201,7 @@ def test_a_last_layer_that_overflows_gives_no_choice(make_model: MakeModel) -> N
     model = copy.deepcopy(make_model("llama"))
     sweep = sweep_of(model)
     model.lm_head.weight.data[7] = float("inf")  # type: ignore[union-attr, index, operator]
-    asked = dataclasses.replace(
-        sample("test", 4), choices=((5,), (9, 7)), answers=("a", "b"), gold=0, metric="accuracy"
-    )
+    asked = dataclasses.replace(sample("test", 4), choices=((5,), (9, 7)), answers=("a", "b"), gold=0, ask=("choice",))
     with pytest.raises(PipelineError, match="a logit is not finite in float32"):
         sweep.run(asked, 0)
 
@@ -248,7 +249,7 @@ def test_texts_that_were_not_checked_are_refused(verdict_file: Path) -> None:
         dataclasses.replace(text, choices=((5,) * 9, (5,))),
     )
     for limit, message in (
-        ("longest", r"more than 208 tokens, .*; sample test-4 has 209: shorten the corpus"),
+        ("longest", r"more than 208 tokens, .*; sample test-4 has 209: shorten the benchmark"),
         ("reads", r"Sample test-4 has 209 tokens, and mine reads 208 "),
     ):
         found = whole.model_copy(update={limit: 208})

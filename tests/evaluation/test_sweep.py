@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,22 +10,30 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from pipeline.benchmarks.base import Benchmark
 from pipeline.errors import PipelineError
-from pipeline.evaluation.sweep import COST_GRID, FULL, ORACLE, Outcome, PolicyKey, Sweep, ranking_costs
-from pipeline.eviction.baselines import BASELINES
+from pipeline.evaluation.answers import answer_table
+from pipeline.evaluation.ask import Said
+from pipeline.evaluation.costs import ranking_costs
+from pipeline.evaluation.score import score_answers
+from pipeline.evaluation.sweep import Sweep
+from pipeline.eviction.budget import EvaluationParams
 from pipeline.models.layers import full_attention_layers
 from pipeline.models.load import head_shape
-from pipeline.params import AgentParams, EvaluationParams, TracesParams
-from pipeline.policy.agents import Policy, PolicyShape
+from pipeline.params import Params
+from pipeline.policy.agents import AgentParams, Policy, PolicyShape
 from pipeline.samples.sample import Sample
+from pipeline.tables import FULL, GRID, ORACLE, PolicyKey
+from pipeline.traces.importance import TracesParams
+from tests.benchmarks.making import choice as make_choice
 from tests.conftest import FAMILIES, MakeModel
-from tests.eviction.prefills import layer_caches
+from tests.eviction.prefills import RANKERS, layer_caches
 
 IDS = (torch.arange(209) * 37 % 125 + 3).tolist()
 PROMPT_LEN = 201
 N = PROMPT_LEN
 MIDDLE = 96  # the largest multiple of the block size below N / 2 = 100
-AGENT = AgentParams(hidden_width=8, hidden_layers=1, position_features=("age",))
+AGENT = AgentParams(hidden_width=8, hidden_layers=1, inputs=("key", "value", "age"))
 TRAINED = {PolicyKey("kvp-exact", "ruler"): 0, PolicyKey("kvp-exact", "dialogues"): 1}  # and the seed of each
 
 
@@ -40,7 +49,7 @@ class Letters:
 def make_sample(answers: tuple[str, ...] = (), question_start: int | None = None) -> Sample:
     return Sample(
         sample_id="s",
-        corpus="ruler" if answers else "dialogues",
+        benchmark="ruler" if answers else "dialogues",
         task="vt" if answers else "dialogues",
         split="test",
         input_ids=tuple(IDS),
@@ -49,7 +58,8 @@ def make_sample(answers: tuple[str, ...] = (), question_start: int | None = None
         answers=answers,
         max_new_tokens=6 if answers else 0,
         meta="{}",
-        metric="string_match" if answers else "nll",
+        ask=("likelihood", "text") if answers else ("likelihood",),
+        enough=(answers,) if answers else (),
     )
 
 
@@ -60,19 +70,44 @@ def make_sweep(model: PreTrainedModel, budgets: tuple[int, ...] = (24, 48, N)) -
         key: Policy(PolicyShape(*head_shape(model), AGENT), torch.Generator().manual_seed(seed))
         for key, seed in TRAINED.items()
     }
-    return Sweep(model, Letters(), policies, evaluation, traces, budgets, answer_perplexity=True)  # type: ignore[arg-type]
+    return Sweep(model, Letters(), policies, RANKERS, evaluation, traces, budgets)  # type: ignore[arg-type]
+
+
+Rows = dict[tuple[PolicyKey, int | None], "Outcome"]
 
 
 def expected_rows(budgets: Sequence[int]) -> set[tuple[PolicyKey, int | None]]:
-    keys = {*TRAINED, ORACLE, *map(PolicyKey, BASELINES)}
+    keys = {*TRAINED, ORACLE, *map(PolicyKey, RANKERS)}
     return {(key, budget) for key in keys for budget in budgets} | {(FULL, None)}
 
 
-def by_row(outcomes: Sequence[Outcome], metric: str = "nll") -> dict[tuple[PolicyKey, int | None], Outcome]:
-    chosen = [outcome for outcome in outcomes if outcome.metric == metric]
-    rows = {(outcome.key, outcome.budget): outcome for outcome in chosen}
-    assert len(rows) == len(chosen)
-    return rows
+@dataclass(frozen=True)
+class Outcome:
+    """What a row of the results says."""
+
+    value: float
+    n_tokens: int
+
+
+@pytest.fixture(scope="module")
+def ruler(default_params: Params) -> Benchmark:
+    return default_params.benchmarks["ruler"].samples
+
+
+def judged(said: Sequence[Said], sample: Sample, benchmark: Benchmark | None = None) -> dict[str, Rows]:
+    """metric -> row -> its outcome; likelihoods need no benchmark."""
+    found: dict[str, Rows] = {}
+    table = score_answers(benchmark or make_choice("boolq"), [sample], answer_table("tiny", sample, said))
+    for row in table.iter_rows(named=True):
+        rows = found.setdefault(row["metric"], {})
+        pair = (PolicyKey(row["policy"], row["trained_on"]), row["budget"])
+        assert pair not in rows
+        rows[pair] = Outcome(row["value"], row["n_tokens"])
+    return found
+
+
+def likelihoods(sweep: Sweep, sample: Sample, seed: int = 1) -> Rows:
+    return judged(sweep.run(sample, seed)[0], sample)["nll"]
 
 
 def eager_importance(model: PreTrainedModel, cache_size: int, last: int) -> Tensor:
@@ -92,16 +127,30 @@ def eager_importance(model: PreTrainedModel, cache_size: int, last: int) -> Tens
 
 
 @pytest.mark.parametrize("answers", [(), ("zzz",)], ids=["perplexity", "text"])
-def test_the_rows_are_policies_times_budgets_and_full(answers: tuple[str, ...], make_model: MakeModel) -> None:
-    outcomes, costs = make_sweep(make_model("llama")).run(make_sample(answers), seed=1)
-    metrics = {"nll", "string_match"} if answers else {"nll"}  # perplexity besides accuracy
-    assert {outcome.metric for outcome in outcomes} == metrics
-    for metric in metrics:
-        assert set(by_row(outcomes, metric)) == expected_rows((24, 48, N))
-    assert all(1 <= outcome.n_tokens <= 8 for outcome in outcomes)
+def test_the_rows_are_policies_times_budgets_and_full(
+    answers: tuple[str, ...], make_model: MakeModel, ruler: Benchmark
+) -> None:
+    said, costs = make_sweep(make_model("llama")).run(make_sample(answers), seed=1)
+    found = judged(said, make_sample(answers), ruler)
+    assert set(found) == ({"nll", "string_match"} if answers else {"nll"})  # perplexity besides accuracy
+    for rows in found.values():
+        assert set(rows) == expected_rows((24, 48, N))
+    assert all(1 <= one.n_tokens <= 8 for one in said)
     assert {(cost.key, cost.cache_size) for cost in costs} == {
         (key, size) for key, budget in expected_rows((1,)) if budget for size in (MIDDLE, N)
     }
+
+
+@pytest.mark.parametrize("answers", [(), ("zzz",)], ids=["perplexity", "text"])
+def test_what_was_said_is_kept_as_it_is(answers: tuple[str, ...], make_model: MakeModel) -> None:
+    said, _ = make_sweep(make_model("llama")).run(make_sample(answers), seed=1)
+    for one in said:
+        if one.ask == "likelihood":
+            assert (one.text, len(one.nll), one.n_tokens) == (None, 8, 8)
+        else:
+            assert (one.ask, one.nll) == ("text", ())
+            assert one.text is not None
+            assert len(one.text) == one.n_tokens == 6  # nothing was found before
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -124,7 +173,7 @@ def test_policies_and_baselines_are_scored_as_after_a_plain_prefill(family: str,
         caches = layer_caches(model, torch.tensor(IDS[:size]), seed=5)
         for layer, number in enumerate(full_attention_layers(model.config)):
             cache = caches[number]
-            for name, score in BASELINES.items():
+            for name, score in RANKERS.items():
                 if name != "lagkv":
                     found = prefill.scores[size][PolicyKey(name)][layer]
                     torch.testing.assert_close(found, score(cache), rtol=1e-3, atol=1e-4)
@@ -137,7 +186,7 @@ def test_policies_and_baselines_are_scored_as_after_a_plain_prefill(family: str,
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_full_is_the_plain_model_and_keeping_all_equals_full(family: str, make_model: MakeModel) -> None:
     model = make_model(family)
-    rows = by_row(make_sweep(model).run(make_sample(), seed=1)[0])
+    rows = likelihoods(make_sweep(model), make_sample())
     with torch.no_grad():
         logits = model(torch.tensor(IDS)[None]).logits[0, PROMPT_LEN - 1 : -1]
     expected = F.cross_entropy(logits[1:], torch.tensor(IDS[PROMPT_LEN + 1 :])).item()
@@ -155,7 +204,7 @@ def test_full_is_the_plain_model_and_keeping_all_equals_full(family: str, make_m
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_full_writes_what_generate_writes(family: str, make_model: MakeModel) -> None:
+def test_full_writes_what_generate_writes(family: str, make_model: MakeModel, ruler: Benchmark) -> None:
     model = make_model(family)
     with torch.no_grad():
         expected = model.generate(
@@ -165,17 +214,23 @@ def test_full_writes_what_generate_writes(family: str, make_model: MakeModel) ->
             do_sample=False,
         )
     text = Letters().decode(expected[0, PROMPT_LEN:].tolist(), skip_special_tokens=True)
-    rows = by_row(make_sweep(model).run(make_sample((text[:3], "zzzzzz")), seed=1)[0], "string_match")
+    sample = make_sample((text[:3], "zzzzzz"))
+    rows = judged(make_sweep(model).run(sample, seed=1)[0], sample, ruler)["string_match"]
     assert rows[FULL, None].value == 0.5
     assert {rows[key, N].value for key in (ORACLE, *TRAINED)} == {0.5}
     # With every answer found the row is finished, before all tokens are written.
-    rows = by_row(make_sweep(model).run(make_sample((text[:3],)), seed=1)[0], "string_match")
+    sample = make_sample((text[:3],))
+    rows = judged(make_sweep(model).run(sample, seed=1)[0], sample, ruler)["string_match"]
     assert (rows[FULL, None].value, rows[FULL, None].n_tokens) == (1.0, 3)
+    # So it is where any of several groups is complete.
+    sample = dataclasses.replace(sample, enough=(("zzzzzz",), (text[0].upper(), text[:2])))
+    said = {(one.key, one.budget): one for one in make_sweep(model).run(sample, seed=1)[0] if one.ask == "text"}
+    assert said[FULL, None].text == text[:2]
 
 
 def test_a_seed_changes_random_only(make_model: MakeModel) -> None:
     sweep = make_sweep(make_model("llama"))
-    one, other = (by_row(sweep.run(make_sample(), seed=seed)[0]) for seed in (1, 2))
+    one, other = (likelihoods(sweep, make_sample(), seed) for seed in (1, 2))
     changed = {key.policy for key, budget in one if one[key, budget] != other[key, budget]}
     assert changed == {"random"}
 
@@ -188,16 +243,16 @@ def test_a_budget_above_the_cache_is_one_sentence(make_model: MakeModel) -> None
 
 
 def test_perplexity_beside_accuracy_is_a_choice_that_changes_no_text(make_model: MakeModel) -> None:
-    sweep = make_sweep(make_model("llama"))
-    both = sweep.run(make_sample(("zzz", "a")), seed=1)[0]
-    alone = dataclasses.replace(sweep, answer_perplexity=False).run(make_sample(("zzz", "a")), seed=1)[0]
-    assert {outcome.metric for outcome in alone} == {"string_match"}
-    assert by_row(alone, "string_match") == by_row(both, "string_match")
+    sweep, sample = make_sweep(make_model("llama")), make_sample(("zzz", "a"))
+    both, _ = sweep.run(sample, seed=1)
+    alone, _ = sweep.run(dataclasses.replace(sample, ask=("text",)), seed=1)
+    assert {one.ask for one in alone} == {"text"}
+    assert alone == [one for one in both if one.ask == "text"]
 
 
 def test_a_context_shorter_than_a_budget_stays_whole_where_that_is_allowed(make_model: MakeModel) -> None:
     sweep = dataclasses.replace(make_sweep(make_model("llama"), (24, N + 1)), whole_if_shorter=True)
-    rows = by_row(sweep.run(make_sample(), seed=1)[0])
+    rows = likelihoods(sweep, make_sample())
     for key in TRAINED:
         assert rows[key, N + 1].value == pytest.approx(rows[FULL, None].value, rel=1e-4)
         assert rows[key, 24].value != pytest.approx(rows[FULL, None].value, rel=1e-4)
@@ -205,8 +260,8 @@ def test_a_context_shorter_than_a_budget_stays_whole_where_that_is_allowed(make_
 
 def test_a_short_context_is_ranked_at_one_cache_size(make_model: MakeModel) -> None:
     short = dataclasses.replace(make_sample(), prompt_len=31)  # half of it holds no block of 16 queries
-    outcomes, costs = make_sweep(make_model("llama"), (24,)).run(short, seed=1)
-    assert set(by_row(outcomes)) == expected_rows((24,))
+    said, costs = make_sweep(make_model("llama"), (24,)).run(short, seed=1)
+    assert set(judged(said, short)["nll"]) == expected_rows((24,))
     assert {cost.cache_size for cost in costs} == {31}
     with pytest.raises(PipelineError, match=r"Sample s has a context of 1 tokens; ranking needs 2: drop it"):
         dataclasses.replace(make_sweep(make_model("llama"), (24,)), whole_if_shorter=True).run(
@@ -225,8 +280,8 @@ def test_a_late_question_is_no_part_of_the_compressed_context(make_model: MakeMo
     assert prefill.keys[0].shape[2] == LATE
     importance = prefill.importance[LATE].double()
     torch.testing.assert_close(importance, eager_importance(model, LATE, len(IDS)), rtol=1e-4, atol=1e-5)
-    rows = by_row(sweep.run(sample, seed=1)[0])
-    whole = by_row(make_sweep(model, (24,)).run(make_sample(), seed=1)[0])[FULL, None]
+    rows = likelihoods(sweep, sample)
+    whole = likelihoods(make_sweep(model, (24,)), make_sample())[FULL, None]
     # Only the answer's tokens count, and without eviction the place of the question changes nothing.
     assert rows[FULL, None].n_tokens == whole.n_tokens == len(IDS) - PROMPT_LEN
     assert rows[FULL, None].value == pytest.approx(whole.value, rel=1e-4)
@@ -248,10 +303,12 @@ def test_full_chooses_what_the_plain_model_chooses(question_start: int | None, m
     for gold in range(4):
         sample = dataclasses.replace(
             make_sample(question_start=question_start),
-            choices=choices, gold=gold, answers=("a", "bb", "cc", "d"), metric="accuracy",
+            choices=choices, gold=gold, answers=("a", "bb", "cc", "d"), ask=("choice",),
         )  # fmt: skip
-        outcomes, _ = make_sweep(model, (24, 48)).run(sample, seed=1)
-        rows = by_row(outcomes, "accuracy")
+        said, _ = make_sweep(model, (24, 48)).run(sample, seed=1)
+        (plain,) = (one for one in said if one.key == FULL)
+        assert plain.nll == pytest.approx(nll, rel=1e-4)
+        rows = judged(said, sample)["accuracy"]
         assert set(rows) == expected_rows((24, 48))
         assert rows[FULL, None].value == float(gold == best)
 
@@ -273,7 +330,7 @@ def test_costs_are_sums_of_evicted_importance_and_the_oracles_are_the_least() ->
     assert torch.equal(oracle.total, oracle.optimal_total)
     assert (random.cost > random.optimal).all()
     assert (random.total > random.optimal_total).all()
-    assert random.budgets.tolist() == [40 * k // COST_GRID for k in range(1, COST_GRID)]
+    assert random.budgets.tolist() == [40 * k // GRID for k in range(1, GRID)]
     for layer in range(2):
         for head in range(3):
             order = sorted(range(40), key=lambda token: -random_score(scores, layer, head, token))

@@ -1,14 +1,22 @@
 """What the tests of eviction share: a prefill seen from its attention layers, and kvpress's view of one."""
 
+from pathlib import Path
+
 import torch
 from kvpress import BasePress
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pipeline.eviction.baselines import OBSERVED_QUERIES, LayerCache
+from pipeline.eviction.baselines.base import OBSERVED_QUERIES, LayerCache
+from pipeline.eviction.rankers import make_rankers
 from pipeline.models.attention import attention_implementation
 from pipeline.models.layers import ModelLayer
+from pipeline.params import check_params
+from pipeline.profiles import render
+from pipeline.section import parse_text
 
+REPOSITORY = Path(__file__).parents[2]
+RANKERS = make_rankers(check_params(parse_text(render("default", REPOSITORY / "profiles").params)).baselines)
 # Long enough for two lags of LagKV (4 sinks + 2 x 128); no token twice in a row.
 PROMPT = torch.arange(300) * 37 % 125 + 3
 

@@ -12,12 +12,13 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.evaluation.decode import EvictedCache, greedy_decode
-from pipeline.eviction.baselines import BASELINES, OBSERVED_QUERIES, LayerCache
+from pipeline.eviction.baselines.base import OBSERVED_QUERIES, LayerCache
 from pipeline.eviction.budget import gather_tokens, kept_tokens, protected_ranking
+from pipeline.eviction.rankers import Ranker
 from pipeline.models.layers import ModelLayer, RankedLayer
 from pipeline.traces.capture import ObservedLayer, Tails, run_captured
 from tests.conftest import MakeModel
-from tests.eviction.prefills import PROMPT, compressed, layer_caches, token_indices
+from tests.eviction.prefills import PROMPT, RANKERS, compressed, layer_caches, token_indices
 
 PRESSES: dict[str, Callable[[float], ScorerPress]] = {
     "streaming-llm": StreamingLLMPress,
@@ -33,12 +34,9 @@ CASES = [(name, ratio) for name in PRESSES for ratio in (0.1, 0.75)]
 MAY_TIE = {"lagkv", "knorm"}
 
 
-def our_tokens(model: PreTrainedModel, name: str, budget: int) -> list[Tensor]:
+def our_tokens(model: PreTrainedModel, ranker: Ranker, budget: int) -> list[Tensor]:
     """Per layer (kv_heads, budget): what our ranking keeps without protecting any token."""
-    return [
-        kept_tokens(protected_ranking(BASELINES[name](layer), 0, 0), budget)
-        for layer in layer_caches(model, PROMPT[:-1])
-    ]
+    return [kept_tokens(protected_ranking(ranker(layer), 0, 0), budget) for layer in layer_caches(model, PROMPT[:-1])]
 
 
 def continue_compressed(model: PreTrainedModel, cache: DynamicCache, count: int) -> list[int]:
@@ -55,7 +53,7 @@ def continue_compressed(model: PreTrainedModel, cache: DynamicCache, count: int)
 
 
 def test_every_baseline_is_compared() -> None:
-    assert set(BASELINES) == {*PRESSES, "random"}
+    assert set(RANKERS) == {*PRESSES, "random"}
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
@@ -66,9 +64,9 @@ def test_the_kept_tokens_are_those_of_kvpress(name: str, ratio: float, family: s
     budget = cache.layers[0].keys.shape[2]
     assert budget < len(PROMPT) - 1
     layers = layer_caches(model, PROMPT[:-1])
-    for theirs, whole, ours in zip(cache.layers, layers, our_tokens(model, name, budget), strict=True):
+    for theirs, whole, ours in zip(cache.layers, layers, our_tokens(model, RANKERS[name], budget), strict=True):
         kept = token_indices(theirs.keys[0], whole.keys)
-        scores = BASELINES[name](whole)
+        scores = RANKERS[name](whole)
         if name not in MAY_TIE:
             assert torch.equal(kept, ours)
         for head in range(2):
@@ -82,7 +80,7 @@ def test_the_kept_tokens_are_those_of_kvpress(name: str, ratio: float, family: s
 def test_our_decoding_writes_what_kvpress_writes(name: str, ratio: float, make_model: MakeModel) -> None:
     model = make_model("llama")
     theirs = compressed(model, PROMPT[:-1], PRESSES[name](ratio))
-    tokens = our_tokens(model, name, theirs.layers[0].keys.shape[2])
+    tokens = our_tokens(model, RANKERS[name], theirs.layers[0].keys.shape[2])
     layers = layer_caches(model, PROMPT[:-1])
     ours = EvictedCache(reserve=16)
     ours.add_group(
@@ -106,7 +104,7 @@ def test_eviction_changes_what_is_written(make_model: MakeModel) -> None:
 def test_random_differs_between_layers_and_seeds_only(make_model: MakeModel) -> None:
     model = make_model("llama")
     one, again, other = (
-        torch.stack([BASELINES["random"](layer) for layer in layer_caches(model, PROMPT, seed)]) for seed in (7, 7, 8)
+        torch.stack([RANKERS["random"](layer) for layer in layer_caches(model, PROMPT, seed)]) for seed in (7, 7, 8)
     )
     assert torch.equal(one, again)
     # (layers, kv_heads, n): no two heads, layers or seeds share a ranking
@@ -116,7 +114,7 @@ def test_random_differs_between_layers_and_seeds_only(make_model: MakeModel) -> 
 
 def test_streaming_keeps_sinks_and_the_most_recent(make_model: MakeModel) -> None:
     layer = layer_caches(make_model("llama"), PROMPT[:60])[0]
-    kept = kept_tokens(protected_ranking(BASELINES["streaming-llm"](layer), 0, 0), 10)
+    kept = kept_tokens(protected_ranking(RANKERS["streaming-llm"](layer), 0, 0), 10)
     assert kept.tolist() == [[0, 1, 2, 3, 54, 55, 56, 57, 58, 59]] * 2
 
 
@@ -132,12 +130,12 @@ def captured(model: PreTrainedModel, tokens: Tensor, size: int) -> list[LayerCac
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3"])
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", RANKERS)
 def test_a_prefix_scores_as_a_fresh_prefill(name: str, family: str, make_model: MakeModel) -> None:
     model, size = make_model(family), 270
     for view, fresh in zip(captured(model, PROMPT, size), layer_caches(model, PROMPT[:size]), strict=True):
         torch.testing.assert_close(view.keys, fresh.keys, rtol=1e-3, atol=1e-3)
-        scores, expected = BASELINES[name](view), BASELINES[name](fresh)
+        scores, expected = RANKERS[name](view), RANKERS[name](fresh)
         assert scores.shape == (2, size)
         assert scores.dtype == torch.float32
         if name == "lagkv":
@@ -157,7 +155,7 @@ def test_lagkv_scores_channels_that_never_change(constant: str, make_model: Make
         values[:] = 0.0
     if constant == "one channel":
         keys[..., 3] = 2.0
-    scores = BASELINES["lagkv"](dataclasses.replace(layer, keys=keys, values=values))
+    scores = RANKERS["lagkv"](dataclasses.replace(layer, keys=keys, values=values))
     assert torch.isfinite(scores).all()
     if constant != "everything":
         assert len(scores[:, 4:132].unique()) == 128  # the others still tell the tokens of a lag apart
@@ -168,7 +166,7 @@ def test_bfloat16_does_not_tie_what_the_cache_tells_apart() -> None:
     keys, values = (torch.randn(2, 4096, 64, generator=generator).bfloat16() for _ in range(2))
     cache = LayerCache(ModelLayer(0), keys, values, torch.zeros(2, 1, 4096), 0)
     for name in ("keydiff", "knorm", "random"):
-        scores = BASELINES[name](cache)
+        scores = RANKERS[name](cache)
         assert all(len(head.unique()) > 4000 for head in scores), name
         # The reference sees the same rounded keys, in float64.
         if name == "keydiff":
@@ -180,15 +178,15 @@ def test_bfloat16_does_not_tie_what_the_cache_tells_apart() -> None:
 def test_scores_are_float32_in_a_bfloat16_model(make_model: MakeModel) -> None:
     model = copy.deepcopy(make_model("llama")).bfloat16()
     for layer in layer_caches(model, PROMPT):
-        for name, score in BASELINES.items():
-            assert score(layer).dtype == torch.float32, name
+        for name, ranker in RANKERS.items():
+            assert ranker(layer).dtype == torch.float32, name
 
 
 def test_snapkv_has_a_shorter_window_where_the_cache_is_short(make_model: MakeModel) -> None:
     model = make_model("llama")
     for tokens, window in ((2, 1), (30, 15), (128, 64), (140, 64)):
         for cache in layer_caches(model, torch.arange(tokens) * 37 % 125 + 3, seed=0):
-            scores = BASELINES["snapkv"](cache)
+            scores = RANKERS["snapkv"](cache)
             assert scores.shape == (2, tokens)
             assert torch.isfinite(scores).all()
             # kvpress puts the window in front by giving it the largest score there is.

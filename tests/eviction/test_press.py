@@ -12,13 +12,12 @@ from pipeline.eviction.press import KVPPress
 from pipeline.models.layers import full_attention_layers
 from pipeline.models.layout import cache_layout
 from pipeline.models.load import head_shape
-from pipeline.params import AgentParams
-from pipeline.policy.agents import Policy, PolicyShape, save_policy
+from pipeline.policy.agents import AgentParams, Policy, PolicyShape, save_policy
 from tests.conftest import MakeModel
 from tests.eviction.prefills import PROMPT, compressed, layer_caches, token_indices
 from tests.models.families import config
 
-AGENT = AgentParams(hidden_width=8, hidden_layers=2, position_features=("position", "age"))
+AGENT = AgentParams(hidden_width=8, hidden_layers=2, inputs=("key", "value", "position", "age"))
 
 
 def saved(directory: Path, layers: int = 3, kv_heads: int = 2, head_dim: int = 16) -> Path:
@@ -78,7 +77,7 @@ def test_a_family_that_kvpress_does_not_know_is_one_sentence(tmp_path: Path) -> 
 
 
 def test_a_policy_of_hidden_states_is_refused(tmp_path: Path) -> None:
-    agent = AGENT.model_copy(update={"inputs": "hidden"})
+    agent = AGENT.model_copy(update={"inputs": ("hidden", "age")})
     save_policy(tmp_path, Policy(PolicyShape(3, 2, 64, agent)), {"model": "tiny"})
     with pytest.raises(PipelineError, match="ranks tokens by hidden states, which a cache does not hold"):
         KVPPress(0.5, tmp_path)

@@ -1,29 +1,33 @@
 """Every model family goes all the way: traces, two steps of training, the sweep, the press."""
 
 from pathlib import Path
+from statistics import fmean
 
 import polars as pl
 import pytest
 import torch
 from transformers import DynamicCache
 
-from pipeline.evaluation.results import cost_table
-from pipeline.evaluation.sweep import FULL, PolicyKey, Sweep
+from pipeline.evaluation.answers import cost_table
+from pipeline.evaluation.sweep import Sweep
+from pipeline.eviction.budget import EvaluationParams
 from pipeline.eviction.press import KVPPress
 from pipeline.models.layers import full_attention_layers
 from pipeline.models.load import head_shape
-from pipeline.params import AgentParams, EvaluationParams, TracesParams, TrainParams
-from pipeline.policy.agents import load_policy
+from pipeline.policy.agents import AgentParams, load_policy
 from pipeline.policy.card import model_card
-from pipeline.policy.train import describe, train_policy
+from pipeline.policy.estimators.exact import Exact
+from pipeline.policy.train import TrainParams, describe, train_policy
 from pipeline.samples.sample import Sample, Split
+from pipeline.tables import FULL, PolicyKey
 from pipeline.traces.build import build_traces
+from pipeline.traces.importance import TracesParams
 from pipeline.traces.shards import TraceReader
 from tests.conftest import FAMILIES, MakeModel
 
 TRACES = TracesParams(block_size=16, query_chunk=32, sequences_per_shard=2)
 TRAIN = TrainParams(
-    agent=AgentParams(hidden_width=8, hidden_layers=1, position_features=("position",)),
+    agent=AgentParams(hidden_width=8, hidden_layers=1, inputs=("key", "value", "position")),
     steps=2,
     learning_rate=1e-2,
     final_learning_rate=1e-3,
@@ -31,7 +35,6 @@ TRAIN = TrainParams(
     warmup_factor=1.0,
     gradient_clip=5.0,
     weight_decay=0.0,
-    rloo_samples=2,
     validate_every=2,
     checkpoint_every=2,
     seed=0,
@@ -42,7 +45,7 @@ KEY = PolicyKey("kvp-exact", "dialogues")
 def sample(split: Split, number: int) -> Sample:
     """A prompt of 200 tokens and a reply of 8; no token twice in a row."""
     ids = tuple(((torch.arange(208) * 37 + number) % 125 + 3).tolist())
-    return Sample(f"{split}-{number}", "dialogues", "dialogues", split, ids, 200, None, (), 0, "{}", "nll")
+    return Sample(f"{split}-{number}", "dialogues", "dialogues", split, ids, 200, None, (), 0, "{}", ("likelihood",))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -55,17 +58,17 @@ def test_a_policy_is_trained_for_two_steps_and_used(family: str, make_model: Mak
     }
     build_traces(tmp_path / "traces", model, family, "dialogues", splits, TRACES, lambda count: None)
     reader, validation = (TraceReader(tmp_path / "traces", split, 0) for split in splits)
-    config = describe(TRAIN, reader, "exact") | {"trace_fingerprint": "0" * 64}
-    train_policy(tmp_path / "policy", reader, validation, "exact", TRAIN, config, "cpu", lambda step, status: None)
+    config = describe(TRAIN, reader, Exact()) | {"trace_fingerprint": "0" * 64}
+    train_policy(tmp_path / "policy", reader, validation, Exact(), TRAIN, config, "cpu", lambda step, status: None)
     numbers = full_attention_layers(model.config)
     curves = pl.read_parquet(tmp_path / "policy/curves.parquet")
     assert set(curves.select("layer", "kv_head").iter_rows()) == {(n, h) for n in numbers for h in range(kv_heads)}
 
     policy, _ = load_policy(tmp_path / "policy", family)
     budgets = EvaluationParams(budgets=(32, 200), n_sink=4, n_recent=16, seed=0)
-    sweep = Sweep(model, None, {KEY: policy}, budgets, TRACES, budgets.budgets)  # type: ignore[arg-type]  # no text is decoded
-    outcomes, costs = sweep.run(sample("test", 4), seed=0)
-    nll = {(outcome.key, outcome.budget): outcome.value for outcome in outcomes}
+    sweep = Sweep(model, None, {KEY: policy}, {}, budgets, TRACES, budgets.budgets)  # type: ignore[arg-type]  # no text is decoded
+    said, costs = sweep.run(sample("test", 4), seed=0)
+    nll = {(found.key, found.budget): fmean(found.nll) for found in said}
     assert nll[KEY, 200] == pytest.approx(nll[FULL, None], rel=1e-4)
     assert nll[KEY, 32] != pytest.approx(nll[FULL, None], rel=1e-3)
     table = cost_table(family, sample("test", 4), costs, sweep.layers)

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from pipeline.models.export import export_model
 from pipeline.models.gguf import sentencepiece_tokenizer
 from pipeline.models.load import load_model, load_tokenizer
-from pipeline.params import load_params
-from pipeline.sources import fetch
+from pipeline.params import Params
+from pipeline.sources.fetch import fetch
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -167,9 +167,8 @@ PARAGRAPH = (
 
 
 @pytest.fixture(scope="module")
-def gemma_file() -> Path:
-    params = load_params(REPOSITORY / "profiles/gemma3-270m.yaml")
-    return fetch(params.models["gemma3-270m"].source, REPOSITORY / ".cache/sources")
+def gemma_file(default_params: Params) -> Path:
+    return fetch(default_params.model_sources("gemma3-270m")["source"], REPOSITORY / ".cache/sources")
 
 
 @pytest.fixture(scope="module")

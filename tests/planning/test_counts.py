@@ -8,7 +8,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.evaluation.decode import EvictedCache
 from pipeline.models.layout import cache_layout
-from pipeline.params import AgentParams, TracesParams
 from pipeline.planning.counts import (
     capture_memory,
     capture_work,
@@ -21,14 +20,16 @@ from pipeline.planning.counts import (
     training_flops,
 )
 from pipeline.planning.shapes import ModelShape
-from pipeline.policy.agents import Policy, PolicyShape, save_policy
-from pipeline.policy.pairs import NODES, expected_cost
+from pipeline.policy.agents import AgentParams, Policy, PolicyShape, save_policy
+from pipeline.policy.estimators.exact import NODES, Exact, expected_cost
+from pipeline.policy.estimators.rloo import Rloo
 from pipeline.traces.capture import LayerTrace, capture_sequence
+from pipeline.traces.importance import TracesParams
 from pipeline.traces.shards import TraceReader, TraceShape, write_manifest, write_shard
 from tests.conftest import SIZES, MakeModel
 
 TINY = ModelShape(3, 3, 6, 2, 16, 64, 96, 128)
-AGENT = AgentParams(hidden_width=12, hidden_layers=2, position_features=("position", "age"))
+AGENT = AgentParams(hidden_width=12, hidden_layers=2, inputs=("key", "value", "position", "age"))
 POLICY = PolicyShape(TINY.layers, TINY.kv_heads, TINY.head_dim, AGENT)
 
 
@@ -116,7 +117,7 @@ def test_flops_of_the_agents_are_those_that_torch_counts() -> None:
 def test_a_step_is_a_mean_over_the_drawn_cache_sizes() -> None:
     # 45 tokens in blocks of 8 are cut at 8, 16, 24, 32 or 40.
     sizes = [8, 16, 24, 32, 40]
-    rloo, exact = (step_work(POLICY, name, 4, 45, 8) for name in ("rloo", "exact"))
+    rloo, exact = (step_work(POLICY, estimator, 45, 8) for estimator in (Rloo(samples=4), Exact()))
     rows = POLICY.heads * sum(sizes) / len(sizes)
     assert rloo.agent_flops == pytest.approx(training_flops(POLICY) * rows)
     assert exact.agent_flops - rloo.agent_flops == pytest.approx(2 * NODES**2 * rows)
@@ -124,7 +125,7 @@ def test_a_step_is_a_mean_over_the_drawn_cache_sizes() -> None:
 
 def test_flops_of_the_exact_estimator_are_those_that_torch_counts() -> None:
     tokens = 40
-    exact, rloo = (step_work(POLICY, name, 4, tokens + 1, tokens) for name in ("exact", "rloo"))
+    exact, rloo = (step_work(POLICY, estimator, tokens + 1, tokens) for estimator in (Exact(), Rloo(samples=4)))
     scores = torch.rand(POLICY.heads, tokens, generator=torch.Generator().manual_seed(0))  # narrow: all on the grid
     with FlopCounterMode(display=False) as counter:
         expected_cost(scores, torch.ones_like(scores))

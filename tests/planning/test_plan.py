@@ -1,36 +1,40 @@
 """The plan as a whole: every stage of every profile, sums, and what is assumed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.benchmarks.base import Answer, Benchmark, Making, SampleGroup, Sizes
 from pipeline.errors import PipelineError
 from pipeline.params import load_params
-from pipeline.planning.plan import SampleGroup, make_plan, paper_training, sample_groups
+from pipeline.planning.paper import paper_training
+from pipeline.planning.plan import make_plan
 from pipeline.planning.table import print_plan
+from pipeline.samples.sample import Sample, Split
+from stages.plan import main
+from tests.planning.profiles import NAMES, REPOSITORY, read_profile
 
-REPOSITORY = Path(__file__).parents[2]
-PROFILES = sorted((REPOSITORY / "profiles").glob("*.yaml"))
 
-
-@pytest.mark.parametrize("path", PROFILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("device", ["cpu", "h100"])
-def test_every_entry_of_every_stage_is_planned(path: Path, device: str, tmp_path: Path) -> None:
-    params = load_params(path)
+def test_every_entry_of_every_stage_is_planned(name: str, device: str, tmp_path: Path) -> None:
+    params = read_profile(name)
     plan = make_plan(params, device, tmp_path)
     matrix = params.matrix
-    models, corpora, benchmarks = len(matrix.model), len(matrix.corpus), len(matrix.benchmark)
+    models, learned, benchmarks = len(matrix.model), len(matrix.trained_on), len(matrix.benchmark)
     expected = {
         "model": models,
         "check": models,
         "samples": models * benchmarks,
-        "traces": models * corpora,
-        "train": models * corpora * len(matrix.estimator),
+        "traces": models * learned,
+        "train": models * learned * len(matrix.estimator),
         "evaluate": models * benchmarks,
-        "examples": models * corpora,
+        "score": models * benchmarks,
+        "texts": models * learned,
     }
     planned = [stage.stage for stage in plan.stages]
     assert {name: planned.count(name) for name in expected} == expected
@@ -52,31 +56,70 @@ def test_the_stages_are_those_of_dvc_yaml() -> None:
 
 
 def test_samples_are_counted_per_task_and_split() -> None:
-    corpora = load_params(REPOSITORY / "profiles/default.yaml").corpora
-    ruler, dialogues = corpora["ruler"], corpora["dialogues"]
-    short, long = sample_groups(ruler)
-    sizes = ruler.samples
+    benchmarks = read_profile("default").benchmarks
+    ruler, dialogues = benchmarks["ruler"].samples, benchmarks["dialogues"].samples
+    short, long = ruler.expected()
+    sizes = ruler.sizes
     # Two of thirteen tasks have a length of their own.
     assert (short.train, short.validation, short.test) == (11 * sizes.train, 11 * sizes.validation, 11 * sizes.test)
     assert (long.train, long.validation, long.test) == (2 * sizes.train, 2 * sizes.validation, 2 * sizes.test)
     assert long.tokens - short.tokens == 1792 - 1024
-    (group,) = sample_groups(dialogues)
-    assert (group.train, group.validation, group.test) == tuple(dialogues.samples.model_dump().values())
+    (group,) = dialogues.expected()
+    assert (group.train, group.validation, group.test) == tuple(dialogues.sizes.model_dump().values())
     assert (group.tokens, group.new_tokens) == (1024, 0)
 
 
-def test_a_kind_without_a_function_is_planned_by_what_it_has() -> None:
-    corpora = load_params(REPOSITORY / "profiles/local-data.yaml").corpora
-    assert sample_groups(corpora["longbench"]) == [SampleGroup(0, 0, 14, 1024, 32, 32, scored=False)]
-    (short,) = sample_groups(corpora["boolq"])
+class UnheardOf(Benchmark):
+    kind: Literal["unheard-of"]
+
+    def build(self, making: Making) -> dict[Split, list[Sample]]:
+        raise NotImplementedError
+
+    def score(self, sample: Sample, answer: Answer) -> dict[str, float]:
+        raise NotImplementedError
+
+
+def test_a_kind_that_expects_nothing_is_planned_by_what_it_has() -> None:
+    benchmarks = read_profile("local-data").benchmarks
+    assert benchmarks["longbench"].samples.expected() == [SampleGroup(0, 0, 14, 1024, 32, 32, scored=False)]
+    (short,) = benchmarks["boolq"].samples.expected()
     assert (short.train, short.validation, short.test, short.new_tokens) == (0, 0, 40, 0)
-    unheard_of = SimpleNamespace(kind="unheard-of", samples=SimpleNamespace(test=7))
-    assert [group.test for group in sample_groups(unheard_of)] == [7]  # type: ignore[arg-type]
+    unheard_of = UnheardOf(kind="unheard-of", source="any", sizes=Sizes(test=7), seed=0)
+    assert [group.test for group in unheard_of.expected()] == [7]
+
+
+@pytest.mark.parametrize("name", ["", "ci"])
+def test_a_profile_is_planned_where_params_yaml_is_another(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    before = Path("params.yaml").read_text()
+    main(profile=name, as_json=True)
+    assert json.loads(capsys.readouterr().out)["profile"] == (name or load_params().profile)
+    assert Path("params.yaml").read_text() == before
+
+
+def test_an_unknown_profile_is_one_sentence() -> None:
+    with pytest.raises(PipelineError, match=r"There is no profile nothing; there are .*paper-qwen2\.5-7b\.$"):
+        main(profile="nothing")
+
+
+def test_answers_take_more_room_where_more_is_asked(tmp_path: Path) -> None:
+    def disk(stage: str, perplexity: bool) -> float:
+        params = read_profile("ci")
+        ruler = params.benchmarks["ruler"]
+        asked = replace(ruler, samples=ruler.samples.model_copy(update={"perplexity": perplexity}))
+        plan = make_plan(replace(params, benchmarks=params.benchmarks | {"ruler": asked}), "cpu", tmp_path)
+        (found,) = (cost for cost in plan.stages if (cost.stage, cost.entry.split()[-1]) == (stage, "ruler"))
+        return found.disk
+
+    assert disk("score", True) == 2 * disk("score", False)
+    assert disk("evaluate", True) > disk("evaluate", False)
 
 
 def test_a_device_without_rates_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"--device tpu has no rates in the plan; choose cpu or one of .*h100\.$"):
-        make_plan(load_params(PROFILES[0]), "tpu", tmp_path)
+        make_plan(read_profile("default"), "tpu", tmp_path)
 
 
 def test_the_paper_s_training_is_counted_by_hand() -> None:
@@ -92,7 +135,7 @@ def test_the_paper_s_training_is_counted_by_hand() -> None:
 
 
 def test_json_holds_what_the_table_shows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = make_plan(load_params(REPOSITORY / "profiles/paper-qwen2.5-7b.yaml"), "h100", Path("nowhere"))
+    plan = make_plan(read_profile("paper-qwen2.5-7b"), "h100", Path("nowhere"))
     content = json.loads(json.dumps(plan.as_json()))
     assert content["total"] == plan.total
     assert len(content["stages"]) == len(plan.stages)

@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from pipeline.errors import PipelineError
-from pipeline.params import AgentParams
 from pipeline.policy import agents
-from pipeline.policy.agents import Policy, PolicyShape, load_policy, save_policy
+from pipeline.policy.agents import AgentParams, Policy, PolicyShape, load_policy, save_policy
 
 
 def make_policy(features: tuple[str, ...] = ("position", "age"), seed: int = 0) -> Policy:
-    agent = AgentParams.model_validate({"hidden_width": 16, "hidden_layers": 2, "position_features": features})
+    agent = AgentParams.model_validate({"hidden_width": 16, "hidden_layers": 2, "inputs": ("key", "value", *features)})
     policy = Policy(PolicyShape(layers=3, kv_heads=2, head_dim=8, agent=agent), torch.Generator().manual_seed(seed))
     policy.mean.normal_(generator=torch.Generator().manual_seed(seed + 1))
     policy.std.uniform_(0.5, 2.0, generator=torch.Generator().manual_seed(seed + 2))
@@ -40,10 +39,10 @@ def test_stacked_agents_equal_separate_mlps(features: tuple[str, ...], graded: b
             assert scores[head, token].item() == pytest.approx(hidden.item(), rel=1e-4, abs=1e-6)
 
 
-@pytest.mark.parametrize(("inputs", "seen"), [("keys", slice(0, 8)), ("values", slice(8, 16))])
+@pytest.mark.parametrize(("inputs", "seen"), [("key", slice(0, 8)), ("value", slice(8, 16))])
 def test_an_agent_of_keys_or_values_is_blind_to_the_other(inputs: str, seen: slice) -> None:
     both = make_policy()
-    agent = AgentParams.model_validate(both.shape.agent.model_dump() | {"inputs": inputs})
+    agent = AgentParams.model_validate(both.shape.agent.model_dump() | {"inputs": (inputs, "position", "age")})
     policy = Policy(PolicyShape(3, 2, 8, agent))
     assert policy.shape.parameters_per_agent == both.shape.parameters_per_agent - 8 * 16
     kept = torch.cat([torch.arange(16)[seen], torch.tensor([16, 17])])  # the position features come last
@@ -75,7 +74,7 @@ def test_parameters_are_counted_exactly() -> None:
     policy = make_policy()
     assert policy.shape.parameters_per_agent * policy.shape.heads == sum(p.numel() for p in policy.parameters())
     # A plain 257-256-256-1 MLP, the reading of the paper's "2 layers, 256 hidden units" at head_dim 128.
-    agent = AgentParams(hidden_width=256, hidden_layers=2, position_features=("position",))
+    agent = AgentParams(hidden_width=256, hidden_layers=2, inputs=("key", "value", "position"))
     assert PolicyShape(28, 4, 128, agent).parameters_per_agent == 132_097
 
 
@@ -94,14 +93,36 @@ def test_a_saved_policy_loads_with_one_call(tmp_path: Path) -> None:
     assert torch.equal(loaded(keys, values), policy(keys, values))
 
 
-def test_a_policy_saved_before_inputs_could_be_chosen_loads(tmp_path: Path) -> None:
-    policy = make_policy()
-    save_policy(tmp_path, policy, {"model": "tiny"})
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["agent"].pop("inputs") == "both"
-    (tmp_path / "config.json").write_text(json.dumps(config))
+def test_inputs_come_in_the_order_that_they_are_named() -> None:
+    one = make_policy()
+    other = Policy(
+        PolicyShape(3, 2, 8, one.shape.agent.model_copy(update={"inputs": ("age", "value", "key", "position")}))
+    )
+    state = one.state_dict()
+    normalised = torch.cat([torch.arange(8, 16), torch.arange(8)])
+    state |= {name: state[name][..., normalised] for name in ("mean", "std")}
+    order = torch.cat([torch.tensor([17]), normalised, torch.tensor([16])])
+    other.load_state_dict(state | {"weights.0": state["weights.0"][:, order]})
     keys, values = torch.randn(6, 20, 8), torch.randn(6, 20, 8)
-    assert torch.equal(load_policy(tmp_path)[0](keys, values), policy(keys, values))
+    torch.testing.assert_close(other(keys, values), one(keys, values))
+
+
+@pytest.mark.parametrize(
+    "agent",
+    [
+        {"hidden_width": 16, "hidden_layers": 2, "position_features": ["age"]},
+        {"hidden_width": 16, "hidden_layers": 2, "position_features": ["age"], "inputs": "both"},
+        {"hidden_width": 16, "hidden_layers": 2, "inputs": ["key", "query"]},
+        {"hidden_width": 16, "hidden_layers": 2, "inputs": None},
+    ],
+)
+def test_a_policy_of_agents_that_are_not_known_is_refused(agent: dict[str, object], tmp_path: Path) -> None:
+    save_policy(tmp_path, make_policy(), {"model": "tiny"})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"agent": agent}))
+    with pytest.raises(PipelineError, match=r"holds no readable policy .*; run the train stage again") as caught:
+        load_policy(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_flipped_bit_is_named(tmp_path: Path) -> None:
@@ -121,7 +142,7 @@ def test_a_policy_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_policy_of_hidden_states_ranks_no_cache(tmp_path: Path) -> None:
-    agent = AgentParams(hidden_width=16, hidden_layers=2, position_features=("age",), inputs="hidden")
+    agent = AgentParams(hidden_width=16, hidden_layers=2, inputs=("hidden", "age"))
     policy = Policy(PolicyShape(3, 2, 48, agent), torch.Generator().manual_seed(0))
     save_policy(tmp_path, policy, {"model": "tiny"})
     with pytest.raises(PipelineError, match="ranks tokens by hidden states, which a cache does not hold"):

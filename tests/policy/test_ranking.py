@@ -8,16 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.policy.pairs import expected_cost
-from pipeline.policy.ranking import (
-    cost_at_budgets,
-    log_probability,
-    optimal_total_cost,
-    rank,
-    rloo_loss,
-    sample_rankings,
-    total_cost,
-)
+from pipeline.policy.estimators.exact import expected_cost
+from pipeline.policy.estimators.rloo import log_probability, rloo_loss, sample_rankings
+from pipeline.policy.ranking import cost_at_budgets, optimal_total_cost, rank, total_cost
 
 
 def random_problem(n: int, seed: int, heads: int = 1) -> tuple[torch.Tensor, torch.Tensor]:

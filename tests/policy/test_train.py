@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.params import AgentParams, TrainParams
-from pipeline.policy import agents, pairs, train
-from pipeline.policy.agents import Policy, PolicyShape, load_policy
-from pipeline.policy.train import clip_gradients, describe, learning_rate, train_policy, validation_cost
+from pipeline.policy import agents, train
+from pipeline.policy.agents import AgentParams, Policy, PolicyShape, load_policy
+from pipeline.policy.estimators import exact as pairs
+from pipeline.policy.estimators.base import Estimator
+from pipeline.policy.estimators.exact import Exact
+from pipeline.policy.estimators.rloo import Rloo
+from pipeline.policy.estimators.soft_rank import SoftRank
+from pipeline.policy.train import TrainParams, clip_gradients, describe, learning_rate, train_policy, validation_cost
 from pipeline.traces.capture import LayerTrace
 from pipeline.traces.shards import TraceReader, TraceShape, write_manifest, write_shard
 
-SHAPE = TraceShape("tiny", "corpus", layers=2, kv_heads=2, head_dim=4, block_size=8)
+SHAPE = TraceShape("tiny", "ruler", layers=2, kv_heads=2, head_dim=4, block_size=8)
 PARAMS = TrainParams(
-    agent=AgentParams(hidden_width=16, hidden_layers=2, position_features=("position",)),
+    agent=AgentParams(hidden_width=16, hidden_layers=2, inputs=("key", "value", "position")),
     steps=150,
     learning_rate=1e-2,
     final_learning_rate=1e-4,
@@ -27,11 +31,14 @@ PARAMS = TrainParams(
     warmup_factor=0.01,
     gradient_clip=5.0,
     weight_decay=0.01,
-    rloo_samples=8,
     validate_every=20,
     checkpoint_every=10,
     seed=3,
 )
+
+
+EXACT, RLOO = Exact(), Rloo(samples=8)
+ESTIMATORS: list[Estimator] = [EXACT, RLOO, SoftRank()]
 
 
 @pytest.fixture
@@ -55,7 +62,7 @@ def traces(tmp_path: Path) -> Path:
     return root
 
 
-def run(traces: Path, work: Path, estimator: train.Estimator, params: TrainParams = PARAMS, stop_after: int = 0) -> int:
+def run(traces: Path, work: Path, estimator: Estimator, params: TrainParams = PARAMS, stop_after: int = 0) -> int:
     """Train; returns the steps taken in this call. ``stop_after`` interrupts like Ctrl-C."""
     work.mkdir(exist_ok=True)
     reader, validation = TraceReader(traces, "train", 1 << 20), TraceReader(traces, "validation", 1 << 20)
@@ -97,8 +104,8 @@ def test_gradients_are_clipped_per_agent() -> None:
         assert clipped == pytest.approx(min(5.0, factor * size), rel=1e-4)
 
 
-@pytest.mark.parametrize("estimator", ["exact", "rloo", "softrank"])
-def test_training_lowers_the_held_out_cost(traces: Path, tmp_path: Path, estimator: train.Estimator) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda estimator: estimator.name)
+def test_training_lowers_the_held_out_cost(traces: Path, tmp_path: Path, estimator: Estimator) -> None:
     run(traces, tmp_path / "work", estimator)
     curves = pl.read_parquet(tmp_path / "work" / "curves.parquet").filter(pl.col("metric") == "validation_cost")
     cost = curves.group_by("step").agg(pl.col("value").mean()).sort("step")["value"].to_list()
@@ -111,9 +118,9 @@ def test_training_lowers_the_held_out_cost(traces: Path, tmp_path: Path, estimat
     assert final.tolist() == pytest.approx(last, rel=1e-5)
 
 
-@pytest.mark.parametrize("estimator", ["exact", "rloo", "softrank"])
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda estimator: estimator.name)
 def test_an_interrupted_training_resumes_and_ends_with_the_same_bytes(
-    traces: Path, tmp_path: Path, estimator: train.Estimator
+    traces: Path, tmp_path: Path, estimator: Estimator
 ) -> None:
     run(traces, tmp_path / "whole", estimator)
     with pytest.raises(KeyboardInterrupt):
@@ -126,15 +133,16 @@ def test_an_interrupted_training_resumes_and_ends_with_the_same_bytes(
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("estimator", ["exact", "rloo", "softrank"])
-def test_gradients_do_not_depend_on_how_heads_are_split(
-    estimator: train.Estimator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda estimator: estimator.name)
+def test_gradients_do_not_depend_on_how_heads_are_split(estimator: Estimator, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = Policy(PolicyShape(2, 2, 4, PARAMS.agent), torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
     keys, values = torch.randn(2, 4, 30, 4, generator=generator)
     importance = torch.rand(4, 30, generator=generator)
-    loss_of = train.loss_function(estimator, importance, train.draw_uniform(estimator, PARAMS, 0, 4, 30))
+    uniform = train.draw_uniform(estimator, PARAMS, 0, 4, 30)
+
+    def loss_of(scores: Tensor, heads: slice) -> Tensor:
+        return estimator.loss(scores, importance[heads], uniform[:, heads])
 
     whole = loss_of(policy(keys, values), slice(None))
     expected = torch.autograd.grad(whole.sum(), list(policy.parameters()))
@@ -159,7 +167,7 @@ def test_the_grid_changes_no_result_of_a_training(
         monkeypatch.setattr(pairs, other, None)
         work = tmp_path / str(len(ways))
         ways.append(way)
-        run(traces, work, "exact")
+        run(traces, work, EXACT)
         costs = pl.read_parquet(work / "curves.parquet").filter(pl.col("metric") == "validation_cost")
         return costs.sort("step", "layer", "kv_head")["value"].to_list()
 
@@ -181,18 +189,18 @@ def test_the_grid_changes_no_result_of_a_training(
 
 
 def test_seeds_make_a_difference(traces: Path, tmp_path: Path) -> None:
-    run(traces, tmp_path / "a", "exact")
-    run(traces, tmp_path / "b", "exact", PARAMS.model_copy(update={"seed": 4}))
+    run(traces, tmp_path / "a", EXACT)
+    run(traces, tmp_path / "b", EXACT, PARAMS.model_copy(update={"seed": 4}))
     assert (tmp_path / "a" / "policy.safetensors").read_bytes() != (tmp_path / "b" / "policy.safetensors").read_bytes()
 
 
 def test_a_damaged_checkpoint_is_named(traces: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run(traces, tmp_path / "work", "exact", stop_after=25)
+        run(traces, tmp_path / "work", EXACT, stop_after=25)
     checkpoint = tmp_path / "work" / "checkpoint.safetensors"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(PipelineError, match=r"checkpoint\.safetensors is damaged .*delete it"):
-        run(traces, tmp_path / "work", "exact")
+        run(traces, tmp_path / "work", EXACT)
 
 
 def test_sequences_shorter_than_a_block_are_refused(tmp_path: Path) -> None:
@@ -201,15 +209,18 @@ def test_sequences_shorter_than_a_block_are_refused(tmp_path: Path) -> None:
         write_shard(tmp_path / "traces", split, 0, SHAPE, [(0, "short", short)])
     write_manifest(tmp_path / "traces", SHAPE, {"train": 1, "validation": 1})
     with pytest.raises(PipelineError, match=r"sample short has 8 tokens, not more than traces\.block_size = 8"):
-        run(tmp_path / "traces", tmp_path / "work", "exact")
+        run(tmp_path / "traces", tmp_path / "work", EXACT)
 
 
-@pytest.mark.parametrize(("inputs", "seen"), [("keys", slice(0, 4)), ("values", slice(4, 8)), ("both", slice(0, 8))])
+@pytest.mark.parametrize(
+    ("inputs", "seen"),
+    [(("key",), slice(0, 4)), (("value", "age"), slice(4, 8)), (("key", "position", "value"), slice(0, 8))],
+)
 def test_normalisation_statistics_are_those_of_the_training_data(
-    traces: Path, tmp_path: Path, inputs: str, seen: slice
+    traces: Path, tmp_path: Path, inputs: tuple[str, ...], seen: slice
 ) -> None:
     agent = PARAMS.agent.model_copy(update={"inputs": inputs})
-    run(traces, tmp_path / "work", "exact", PARAMS.model_copy(update={"steps": 1, "agent": agent}))
+    run(traces, tmp_path / "work", EXACT, PARAMS.model_copy(update={"steps": 1, "agent": agent}))
     policy, _ = load_policy(tmp_path / "work")
     reader = TraceReader(traces, "train", 0)
     states = torch.cat([torch.cat(reader.read(index)[:2], -1) for index in range(6)], dim=1).double()
@@ -218,7 +229,7 @@ def test_normalisation_statistics_are_those_of_the_training_data(
     torch.testing.assert_close(policy.std[:, 0].double(), states.std(1, correction=0), rtol=1e-4, atol=1e-5)
 
 
-def test_normalisation_sees_all_tasks_of_a_sorted_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_normalisation_sees_all_tasks_where_samples_are_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def sequence(task: int) -> list[LayerTrace]:
         states = torch.full((2, 40, 4), float(task))
         return [LayerTrace(states, states, torch.rand(2, 40, 5)) for _ in range(SHAPE.layers)]
@@ -229,31 +240,29 @@ def test_normalisation_sees_all_tasks_of_a_sorted_corpus(tmp_path: Path, monkeyp
     write_shard(root, "validation", 0, SHAPE, [(0, "v0", sequence(0))])
     write_manifest(root, SHAPE, {"train": 1, "validation": 1})
     monkeypatch.setattr(train, "NORMALISATION_SEQUENCES", 5)
-    run(root, tmp_path / "work", "exact", PARAMS.model_copy(update={"steps": 1}))
+    run(root, tmp_path / "work", EXACT, PARAMS.model_copy(update={"steps": 1}))
     policy, _ = load_policy(tmp_path / "work")
     torch.testing.assert_close(policy.mean, torch.full_like(policy.mean, 2.0))  # one sequence of each task
     torch.testing.assert_close(policy.std, torch.full_like(policy.std, math.sqrt(2)))
 
 
 def test_the_device_draws_nothing() -> None:
-    uniform = train.draw_uniform("rloo", PARAMS, 7, 4, 30)
+    uniform = train.draw_uniform(RLOO, PARAMS, 7, 4, 30)
     assert uniform.device.type == "cpu"
-    assert uniform.shape == (PARAMS.rloo_samples, 4, 30)
-    torch.testing.assert_close(uniform, train.draw_uniform("rloo", PARAMS, 7, 4, 30), rtol=0, atol=0)
-    assert not torch.equal(uniform, train.draw_uniform("rloo", PARAMS, 8, 4, 30))
-    assert train.draw_uniform("exact", PARAMS, 7, 4, 30).numel() == 0
+    assert uniform.shape == (RLOO.samples, 4, 30)
+    torch.testing.assert_close(uniform, train.draw_uniform(RLOO, PARAMS, 7, 4, 30), rtol=0, atol=0)
+    assert not torch.equal(uniform, train.draw_uniform(RLOO, PARAMS, 8, 4, 30))
+    assert train.draw_uniform(EXACT, PARAMS, 7, 4, 30).numel() == 0
     # There is no generator for this device: a draw on it would raise.
     scores, importance = (torch.rand(4, 30, device="meta") for _ in range(2))
-    loss = train.loss_function("rloo", importance, uniform.to("meta"))(scores, slice(None))
+    loss = RLOO.loss(scores, importance, uniform.to("meta"))
     assert (loss.device.type, loss.shape) == ("meta", (4,))
 
 
-@pytest.mark.parametrize("estimator", ["exact", "rloo"])
-def test_a_training_that_diverges_stops_with_one_sentence(
-    traces: Path, tmp_path: Path, estimator: train.Estimator
-) -> None:
+@pytest.mark.parametrize("estimator", ESTIMATORS[:2], ids=lambda estimator: estimator.name)
+def test_a_training_that_diverges_stops_with_one_sentence(traces: Path, tmp_path: Path, estimator: Estimator) -> None:
     params = PARAMS.model_copy(update={"learning_rate": 1e30, "warmup_steps": 0})
-    message = rf"^The training with {estimator} has diverged: at step \d+ .* of \d of 4 heads are not finite; "
+    message = rf"^The training with {estimator.name} has diverged: at step \d+ .* of \d of 4 heads are not finite; "
     with pytest.raises(PipelineError, match=message + r"lower train\.learning_rate \(1e\+30\) in params\.yaml\.$"):
         run(traces, tmp_path / "work", estimator, params)
     assert not [path for path in (tmp_path / "work").iterdir() if path.name != "checkpoint.safetensors"]

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.params import Params
-from tests.reporting.synthetic import write_results
+from pipeline.reporting.run import Run
+from tests.reporting.synthetic import make_run, write_results
 
 
 @pytest.fixture
@@ -15,7 +15,7 @@ def run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Params]:
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Run]:
     """A made-up run that no test changes."""
     root = tmp_path_factory.mktemp("run")
-    return root, write_results(root)
+    return root, make_run(write_results(root))

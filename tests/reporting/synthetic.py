@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from pipeline.params import RULER_TASKS, Params, load_params
+from pipeline.params import Params, load_params
+from pipeline.reporting.run import Run
+from pipeline.reporting.styles import Styles
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = "smollm2-135m"
-CORPORA = ("ruler", "dialogues")
+BENCHMARKS = ("ruler", "dialogues")
 # Larger is better: how well each policy does in this made-up world.
 SKILL = {
     ("oracle", None): 3.0,
@@ -34,7 +36,7 @@ TOKENS = [
     " 7", "3", "9", "1", ".", "\n", "\n", " What", " is", " it", "?",
 ]  # fmt: skip
 ANSWER = "7391"
-EXAMPLE_LAYERS = 9
+TEXT_LAYERS = 9
 POLICY_SCHEMA = {"policy": pl.String, "trained_on": pl.String}
 
 
@@ -53,50 +55,67 @@ FULL_SIZE = Size(layers=30, kv_heads=3, per_task=3, dialogues=30, steps=300)
 
 
 def write_results(root: Path, size: Size = Size(), seed: int = 0) -> Params:
-    """Fill ``root`` with params.yaml, evaluations, policies, examples and samples; returns the params."""
+    """Fill ``root`` with params.yaml, scores, answers, policies, texts and samples; returns the params."""
     shutil.copy(REPOSITORY / "params.yaml", root / "params.yaml")
     params = load_params(root / "params.yaml")
     generator = np.random.default_rng(seed)
-    for corpus in CORPORA:
-        samples = make_samples(corpus, size, generator)
-        _write(samples, root / "samples" / MODEL / corpus / "test.parquet")
-        source = {"uri": params.corpora[corpus].source.uri, "licence": params.corpora[corpus].source.licence}
-        (root / "samples" / MODEL / corpus / "source.json").write_text(json.dumps(source))
-        directory = root / "evaluations" / MODEL / corpus
-        _write(make_evaluation(corpus, samples, params.evaluation.budgets, generator), directory / "evaluation.parquet")
-        _write(make_cost(corpus, samples, size, generator), directory / "cost.parquet")
-        examples = make_examples(samples, params.examples.tasks.get(corpus), size, generator)
-        _write(examples, root / "examples" / MODEL / corpus / "tokens.parquet")
+    for benchmark in BENCHMARKS:
+        made = params.benchmarks[benchmark].samples
+        samples = make_samples(benchmark, made.tasks_of, size, generator)
+        _write(samples, root / "samples" / MODEL / benchmark / "test.parquet")
+        sources = params.benchmark_sources(benchmark)
+        recorded = {role: {"uri": source.uri, "licence": source.licence} for role, source in sources.items()}
+        (root / "samples" / MODEL / benchmark / "source.json").write_text(json.dumps(recorded))
+        evaluation = make_evaluation(benchmark, samples, params.evaluation.budgets, generator)
+        _write(evaluation, root / "scores" / MODEL / f"{benchmark}.parquet")
+        _write(make_cost(benchmark, samples, size, generator), root / "answers" / MODEL / benchmark / "cost.parquet")
+        texts = make_texts(samples, params.texts.tasks.get(benchmark), size, generator)
+        _write(texts, root / "texts" / MODEL / benchmark / "tokens.parquet")
         for estimator in ("exact", "rloo"):
-            write_policy(root / "policies" / MODEL / corpus / estimator, size, params, generator)
+            write_policy(root / "policies" / MODEL / benchmark / estimator, size, params, generator)
     (root / "models" / MODEL).mkdir(parents=True)
-    (root / "models" / MODEL / "source.json").write_text(json.dumps({"licence": "Apache-2.0"}))
+    source = {"uri": params.model_sources(MODEL)["source"].uri, "licence": "Apache-2.0"}
+    (root / "models" / MODEL / "source.json").write_text(json.dumps(source))
     return params
 
 
-def make_samples(corpus: str, size: Size, generator: np.random.Generator) -> pl.DataFrame:
+def make_run(params: Params) -> Run:
+    """What the report stage reads of a params file."""
+    return Run(
+        matrix=params.matrix,
+        report=params.report,
+        styles=Styles.of(params),
+        models=params.models,
+        benchmarks={name: params.benchmarks[name].samples for name in params.matrix.benchmark},
+        budgets=params.evaluation.budgets,
+        protected=(params.evaluation.n_sink, params.evaluation.n_recent),
+        steps=params.train.steps,
+        learning_rate=params.train.learning_rate,
+    )
+
+
+def make_samples(benchmark: str, tasks_of: tuple[str, ...], size: Size, generator: np.random.Generator) -> pl.DataFrame:
     """sample_id, task, prompt_len, answers."""
-    names = RULER_TASKS if corpus == "ruler" else ("dialogues",)
-    count = size.per_task if corpus == "ruler" else size.dialogues
-    tasks = [task for task in names for _ in range(count)]
+    count = size.per_task if tasks_of else size.dialogues
+    tasks = [task for task in tasks_of or (benchmark,) for _ in range(count)]
     return pl.DataFrame(
         {
-            "sample_id": [f"{corpus}-{i:04d}" for i in range(len(tasks))],
+            "sample_id": [f"{benchmark}-{i:04d}" for i in range(len(tasks))],
             "task": tasks,
             "prompt_len": generator.integers(700, 1000, len(tasks)),
-            "answers": [[ANSWER] if corpus == "ruler" else [] for _ in tasks],
+            "answers": [[ANSWER] if benchmark == "ruler" else [] for _ in tasks],
         },
         schema_overrides={"answers": pl.List(pl.String)},
     )
 
 
-def make_examples(
+def make_texts(
     samples: pl.DataFrame, tasks: tuple[str, ...] | None, size: Size, generator: np.random.Generator
 ) -> pl.DataFrame:
-    """Ranked tokens of the first sample of each task, as the examples stage writes them."""
+    """Ranked tokens of the first sample of each task, as the texts stage writes them."""
     first = samples.unique("task", keep="first", maintain_order=True)
     chosen = [first.row(by_predicate=pl.col("task") == task) for task in tasks] if tasks else [samples.row(0)]
-    shape = (EXAMPLE_LAYERS, size.kv_heads, len(TOKENS))
+    shape = (TEXT_LAYERS, size.kv_heads, len(TOKENS))
     layer, kv_head, position = (axis.ravel() for axis in np.indices(shape))
     frames = []
     for sample_id, task, *_ in chosen:
@@ -124,16 +143,16 @@ def make_examples(
 
 
 def make_evaluation(
-    corpus: str, samples: pl.DataFrame, budgets: tuple[int, ...], generator: np.random.Generator
+    benchmark: str, samples: pl.DataFrame, budgets: tuple[int, ...], generator: np.random.Generator
 ) -> pl.DataFrame:
-    """A long table as the evaluate stage writes it."""
+    """A long table as the score stage writes it."""
     columns = [(policy, trained_on, budget) for policy, trained_on in SKILL for budget in budgets]
     hardness = generator.normal(0, 0.7, samples.height)
     rows = []
     for policy, trained_on, budget in [("full", None, None), *columns]:
         skill = 3.5 if budget is None else SKILL[policy, trained_on] * (budget / 512) ** 0.5
         noise = generator.normal(0, 0.3, samples.height)
-        if corpus == "ruler":
+        if benchmark == "ruler":
             value = (1 / (1 + np.exp(-3 * (skill - 1 - hardness + noise)))).round(1)
         else:
             value = 2.5 + 1.5 * np.exp(-skill) + 0.3 * hardness + 0.1 * noise
@@ -142,11 +161,11 @@ def make_evaluation(
                 pl.lit(MODEL).alias("model"),
                 pl.lit(policy).alias("policy"),
                 pl.lit(trained_on, dtype=pl.String).alias("trained_on"),
-                pl.lit(corpus).alias("benchmark"),
+                pl.lit(benchmark).alias("benchmark"),
                 "task",
                 "sample_id",
                 pl.lit(budget, dtype=pl.Int32).alias("budget"),
-                pl.lit("string_match" if corpus == "ruler" else "nll").alias("metric"),
+                pl.lit("string_match" if benchmark == "ruler" else "nll").alias("metric"),
                 pl.Series("value", value),
                 (pl.col("prompt_len") % 60 + 5).cast(pl.Int32).alias("n_tokens"),
             )
@@ -154,7 +173,7 @@ def make_evaluation(
     return pl.concat(rows)
 
 
-def make_cost(corpus: str, samples: pl.DataFrame, size: Size, generator: np.random.Generator) -> pl.DataFrame:
+def make_cost(benchmark: str, samples: pl.DataFrame, size: Size, generator: np.random.Generator) -> pl.DataFrame:
     """Costs that fall with the budget and with skill, over two cache sizes per sample."""
     policies = pl.DataFrame(
         [(*pair, skill) for pair, skill in SKILL.items()], schema=POLICY_SCHEMA | {"skill": pl.Float64}, orient="row"
@@ -175,7 +194,7 @@ def make_cost(corpus: str, samples: pl.DataFrame, size: Size, generator: np.rand
         pl.lit(MODEL).alias("model"),
         "policy",
         "trained_on",
-        pl.lit(corpus).alias("corpus"),
+        pl.lit(benchmark).alias("benchmark"),
         "sample_id",
         "layer",
         "kv_head",
@@ -194,22 +213,22 @@ def make_cost(corpus: str, samples: pl.DataFrame, size: Size, generator: np.rand
 def write_policy(directory: Path, size: Size, params: Params, generator: np.random.Generator) -> None:
     """A policy directory as the train stage leaves it, without real weights."""
     directory.mkdir(parents=True)
-    corpus, estimator = directory.parts[-2:]
+    trained_on, estimator = directory.parts[-2:]
     config = {
         "model": MODEL,
-        "corpus": corpus,
+        "trained_on": trained_on,
         "estimator": estimator,
         "layers": size.layers,
         "kv_heads": size.kv_heads,
         "head_dim": 64,
         "parameters_per_agent": 99_585,
         "params": params.train.model_dump(mode="json"),
-        "fingerprint": f"{corpus}{estimator}".encode().hex(),
-        "trace_fingerprint": corpus.encode().hex(),
+        "fingerprint": f"{trained_on}{estimator}".encode().hex(),
+        "trace_fingerprint": trained_on.encode().hex(),
     }
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "policy.safetensors").write_bytes(b"\0" * 64)
-    (directory / "README.md").write_text(f"# KVP, trained on {corpus} with {estimator}\n")
+    (directory / "README.md").write_text(f"# KVP, trained on {trained_on} with {estimator}\n")
     rate = 0.03 if estimator == "exact" else 0.012
     step, layer, kv_head = (
         axis.ravel()

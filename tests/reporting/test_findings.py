@@ -1,10 +1,19 @@
+from dataclasses import fields, replace
+
 import polars as pl
 import pytest
 
-from pipeline.params import ReportParams
-from pipeline.reporting import findings, tables
+from pipeline.reporting import aggregate, findings
+from pipeline.reporting.numbers import Numbers
+from pipeline.reporting.params import ReportParams, ShownAs
+from pipeline.reporting.styles import Styles
 
-REPORT = ReportParams(bootstrap_samples=500, confidence=0.95, example_layer=0, example_kv_head=0, seed=0)
+REPORT = ReportParams(bootstrap_samples=500, confidence=0.95, example_layer=0, example_kv_head=0, seed=0, titles={})
+STYLES = Styles(("ruler",), ("exact", "rloo"), {"ruler": ShownAs(title="RULER", letter="R")}, {"lagkv": False}, {})
+EMPTY = pl.DataFrame(
+    schema=dict.fromkeys(("model", "benchmark", "metric", "trained_on", "estimator", "scope"), pl.String)
+)
+NOTHING = Numbers(*(EMPTY for _ in fields(Numbers)))
 SCHEMA = {"policy": pl.String, "trained_on": pl.String, "budget": pl.Int32, "value": pl.Float64}
 
 
@@ -22,10 +31,9 @@ def _sentences(ours: float, theirs: float, spread: float = 0.01, samples: int = 
         pl.lit("string_match").alias("metric"),
         pl.lit(3).alias("n_tokens"),
     )
-    scores = tables.score_table(evaluation, REPORT)
-    differences = tables.score_difference_table(evaluation, REPORT)
-    empty = pl.DataFrame(schema=dict.fromkeys(("model", "corpus", "scope"), pl.String))
-    return " ".join(findings.headline(scores, differences, empty, empty, pl.DataFrame()))
+    scores = aggregate.score_table(evaluation, REPORT)
+    differences = aggregate.score_difference_table(evaluation, STYLES.reference, REPORT)
+    return " ".join(findings.headline(replace(NOTHING, scores=scores, score_differences=differences), STYLES))
 
 
 def test_a_win_a_loss_and_a_draw_read_differently() -> None:
@@ -61,8 +69,14 @@ def test_verdict(low: float, high: float, lower_is_better: bool, expected: str) 
 
 
 def test_steps_that_were_not_reached_are_said_so() -> None:
-    row = {"model": "m", "corpus": "ruler", "rloo_steps": 300, "rloo_cost": 2.0, "exact_steps": None, "exact_cost": 2.2}
-    empty = pl.DataFrame(schema=dict.fromkeys(("model", "benchmark", "metric", "corpus", "scope"), pl.String))
+    row = {
+        "model": "m",
+        "trained_on": "ruler",
+        "rloo_steps": 300,
+        "rloo_cost": 2.0,
+        "exact_steps": None,
+        "exact_cost": 2.2,
+    }
     steps = pl.DataFrame([row], schema_overrides={"exact_steps": pl.Int32})
-    (sentence,) = findings.headline(empty, empty, empty, empty, steps)
+    (sentence,) = findings.headline(replace(NOTHING, steps=steps), STYLES)
     assert "did not reach" in sentence

@@ -1,4 +1,4 @@
-"""The schema that every corpus is written in, and the stage that writes it."""
+"""The schema that every benchmark is written in, and the stage that writes it."""
 
 import os
 import subprocess
@@ -13,15 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import PipelineError
+from pipeline.files import write_json
+from pipeline.params import Params
+from pipeline.profiles import render
 from pipeline.samples.sample import SCHEMA, SPLITS, Sample, read_samples, write_samples
+from pipeline.sources.pins import state
 
 REPOSITORY = Path(__file__).parents[2]
-SAMPLE = Sample("a", "ruler", "vt", "test", (1, 2, 3), 2, None, ("x", "y"), 30, "{}", "string_match")
+SAMPLE = Sample("a", "ruler", "vt", "test", (1, 2, 3), 2, None, ("x", "y"), 30, "{}", ("text",), (("x", "y"),))
 
 samples = st.builds(
     Sample,
     sample_id=st.text(max_size=5),
-    corpus=st.just("ruler"),
+    benchmark=st.just("ruler"),
     task=st.text(max_size=5),
     split=st.sampled_from(SPLITS),
     input_ids=st.lists(st.integers(0, 2**31 - 1), min_size=2, max_size=9).map(tuple),
@@ -30,9 +34,16 @@ samples = st.builds(
     answers=st.lists(st.text(max_size=5), max_size=3).map(tuple),
     max_new_tokens=st.integers(0, 99),
     meta=st.just("{}"),
-    metric=st.sampled_from(["nll", "accuracy"]),
-    choices=st.lists(st.lists(st.integers(0, 9), max_size=3).map(tuple), max_size=3).map(tuple),
+    enough=st.lists(st.lists(st.text(max_size=3), max_size=2).map(tuple), max_size=2).map(tuple),
     gold=st.none() | st.integers(0, 3),
+)
+ASKED = [("text",), ("likelihood",), ("likelihood", "text"), ()]
+CHOICES = st.lists(st.lists(st.integers(0, 9), max_size=3).map(tuple), max_size=3).map(tuple)
+samples = st.builds(
+    lambda sample, choices, asked: replace(sample, choices=choices, ask=("choice",) if choices else asked),
+    samples,
+    CHOICES,
+    st.sampled_from(ASKED),
 )
 
 
@@ -76,7 +87,7 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match="cannot be read as samples"):
         read_samples(path)
     pq.write_table(pa.table({"sample_id": ["a"]}), path)
-    with pytest.raises(PipelineError, match="lacks the columns answers, choices, corpus"):
+    with pytest.raises(PipelineError, match="lacks the columns answers, ask, benchmark, choices, enough"):
         read_samples(path)
 
 
@@ -86,7 +97,6 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
         ("input_ids", [1, None, 3], "row 1 has no value in its column input_ids"),
         ("input_ids", None, "row 1 has no value in its column input_ids"),
         ("input_ids", [1, -2, 3], "sample b has a negative token id"),
-        ("choices", [[1], [-1]], "sample b has a negative token id"),
         ("choices", [[1], None], "row 1 has no value in its column choices"),
         ("prompt_len", None, "row 1 has no value in its column prompt_len"),
         ("prompt_len", 0, "sample b has no tokens after its prompt"),
@@ -99,7 +109,13 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
         ("split", "dev", r"sample b is of no split \(dev\)"),
         ("meta", "{", "sample b has a meta that is no JSON object"),
         ("meta", "[]", "sample b has a meta that is no JSON object"),
-        ("metric", None, "row 1 has no value in its column metric"),
+        ("ask", None, "row 1 has no value in its column ask"),
+        ("ask", [None], "row 1 has no value in its column ask"),
+        ("ask", ["perplexity"], "sample b does not say what is asked of it"),
+        ("ask", ["choice"], "sample b does not say what is asked of it"),
+        ("choices", [[1], [2]], "sample b does not say what is asked of it"),
+        ("enough", [["x"], None], "row 1 has no value in its column enough"),
+        ("benchmark", None, "row 1 has no value in its column benchmark"),
     ],
 )
 def test_samples_edited_by_hand_are_refused(tmp_path: Path, column: str, value: object, message: str) -> None:
@@ -111,6 +127,12 @@ def test_samples_edited_by_hand_are_refused(tmp_path: Path, column: str, value: 
     with pytest.raises(PipelineError, match=message) as caught:
         read_samples(path)
     assert str(caught.value).startswith(str(path))
+
+
+def test_a_choice_of_negative_tokens_is_refused(tmp_path: Path) -> None:
+    chosen = replace(SAMPLE, ask=("choice",), choices=((1,), (-1,)), gold=0)
+    with pytest.raises(PipelineError, match="sample a has a negative token id"):
+        write_samples(tmp_path / "test.parquet", [chosen])
 
 
 @pytest.mark.parametrize(
@@ -125,15 +147,17 @@ def test_samples_of_another_version_are_refused(tmp_path: Path, column: str, kin
         read_samples(path)
 
 
-def stage(directory: Path, corpus: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "stages.samples", "--model", "smollm2-135m", "--corpus", corpus]
+def stage(directory: Path, benchmark: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "stages.samples", "--model", "smollm2-135m", "--benchmark", benchmark]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
-def project(tmp_path: Path, smollm2: Path) -> Path:
-    (tmp_path / "params.yaml").write_text((REPOSITORY / "profiles/ci.yaml").read_text())
+def project(tmp_path: Path, smollm2: Path, default_params: Params) -> Path:
+    (tmp_path / "params.yaml").write_text(render("ci", REPOSITORY / "profiles").params)
+    sources = state(default_params.benchmark_sources("dialogues"))
+    write_json(tmp_path / "sources/state/benchmarks/dialogues.json", sources)
     (tmp_path / "models").mkdir()
     (tmp_path / "models/smollm2-135m").symlink_to(smollm2)
     (tmp_path / ".cache").mkdir()
@@ -154,7 +178,7 @@ def test_the_stage_writes_three_splits_and_the_source(project: Path, dialogues_w
 def test_the_stage_says_what_is_wrong_in_one_line(project: Path) -> None:
     done = stage(project, "oasst3")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert done.stderr.startswith("error: params.yaml: corpora has no 'oasst3'")
+    assert done.stderr.startswith("error: params.yaml: benchmarks has no 'oasst3'; it has arc_challenge, boolq,")
     (project / "models/smollm2-135m").unlink()
     done = stage(project, "dialogues")
     assert done.returncode == 1

@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from pipeline.errors import PipelineError
+from pipeline.files import hash_file
 from pipeline.traces import shards
 from pipeline.traces.capture import LayerTrace
 from pipeline.traces.shards import TraceReader, TraceShape, is_committed, write_manifest, write_shard
-from pipeline.workdir import hash_file
 
-SHAPE = TraceShape("tiny", "corpus", layers=2, kv_heads=3, head_dim=4, block_size=8)
+SHAPE = TraceShape("tiny", "ruler", layers=2, kv_heads=3, head_dim=4, block_size=8)
 
 
 def random_traces(tokens: int, seed: int, scale: float = 1.0) -> list[LayerTrace]:
@@ -108,7 +108,7 @@ def test_files_in_other_pages_are_read_as_well(options: dict[str, Any], direct: 
 @pytest.mark.parametrize(("tokens", "head_dim"), [(9000, 64), (21_000, 2)])
 def test_long_sequences_are_read_without_arrow(tokens: int, head_dim: int, tmp_path: Path) -> None:
     # Parquet would begin another page after a megabyte, or 20,000 rows.
-    shape = TraceShape("tiny", "corpus", layers=1, kv_heads=1, head_dim=head_dim, block_size=4096)
+    shape = TraceShape("tiny", "ruler", layers=1, kv_heads=1, head_dim=head_dim, block_size=4096)
     blocks = -(-tokens // 4096)
     trace = LayerTrace(
         torch.randn(1, tokens, head_dim), torch.randn(1, tokens, head_dim), torch.rand(1, tokens, blocks)

@@ -1,1 +1,0 @@
-"""Samples: every corpus in one schema."""

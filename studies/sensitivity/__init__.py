@@ -1,0 +1,1 @@
+"""The sensitivity study, which the paper leaves out, and its figure 5b."""
