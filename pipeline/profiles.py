@@ -48,7 +48,9 @@ def render(name: str, directory: Path = PROFILES) -> Profile:
     overlays = []
     while chain[-1] != _DEFAULT:
         overlays.append(_read(chain[-1], directory))
-        parent = str(overlays[-1].pop("extends", _DEFAULT))
+        parent = overlays[-1].pop("extends", _DEFAULT)
+        if not isinstance(parent, str):
+            raise PipelineError(f"{directory / chain[-1]}.yaml: extends should be the name of a profile; correct it.")
         if parent in chain:
             raise PipelineError(f"{directory / name}.yaml extends itself, by way of {' and '.join(chain)}; correct it.")
         chain.append(parent)

@@ -187,8 +187,8 @@ def test_changes_made_by_hand_are_overwritten_by_force_only(project: Path) -> No
         refused = profile(project, name)
         assert (refused.returncode, refused.stdout) == (1, "")
         assert refused.stderr.startswith(
-            "error: params.yaml or studies/params.yaml was changed by hand, or the profile that it names since; save what "
-            f"you need, then write {name}"
+            "error: params.yaml or studies/params.yaml was changed by hand, or the profile that it names since; save "
+            f"what you need, then write {name}"
         )
         assert refused.stderr.count("\n") == 1
         assert path.read_text() == edited

@@ -92,8 +92,18 @@ def test_help_comes_without_the_heavy_imports(name: str, directory: Path) -> Non
     assert not imported & {"torch", "mlflow", "transformers", "kvpress", "polars", "pyarrow", "pandas", "matplotlib"}
 
 
-# ui shows what is logged, whatever params.yaml says now; the other two write files and read others.
-@pytest.mark.parametrize("name", [name for name in ARGUMENTS if name not in ("ui", "profile", "deps")])
+# ui shows what is logged, whatever params.yaml says now; plan may read a profile; the others write files.
+UNCHECKED = ("ui", "profile", "deps", "plan")
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_every_other_command_checks_the_whole_of_params(name: str) -> None:
+    last = (REPOSITORY / f"stages/{name}.py").read_text().splitlines()[-1]
+    assert re.fullmatch(r"    run\(\w+, checked=False\)" if name in UNCHECKED else r"    run\(\w+\)", last)
+
+
+# What is checked, and when, is the same for all: see above.
+@pytest.mark.parametrize("name", ["sources", "train", "report", "track", "plan"])
 def test_an_unknown_key_is_one_sentence(name: str, directory: Path) -> None:
     with (directory / "params.yaml").open("a") as stream:
         stream.write("budgets: [64]\n")

