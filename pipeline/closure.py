@@ -6,6 +6,7 @@ A folder that a :class:`pipeline.registry.Registry` reads belongs to whoever imp
 
 import ast
 import functools
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -108,7 +109,7 @@ def _imports(root: Path, file: str) -> Closure:
     registries: set[str] = set()
     templates: set[str] = set()
     tree = ast.parse((root / file).read_text())
-    for node in _executed(tree):
+    for node in executed(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -125,17 +126,17 @@ def _imports(root: Path, file: str) -> Closure:
             registries.add(package.value.replace(".", "/"))
     packages = {".".join(name.split(".")[:length]) for name in names for length in range(1, name.count(".") + 1)}
     files = {path for name in names | packages if (path := _module_file(root, name)) is not None}
-    libraries = {name.split(".")[0] for name in names} - {*_PACKAGES, *_standard_library()}
+    libraries = {name.split(".")[0] for name in names} - {*_PACKAGES, *sys.stdlib_module_names}
     return Closure(frozenset(files | templates), frozenset(registries), frozenset(libraries - set(NO_BYTES_LIBRARIES)))
 
 
-def _executed(node: ast.AST) -> Iterator[ast.AST]:
+def executed(node: ast.AST) -> Iterator[ast.AST]:
     """All nodes but those that only a type checker sees."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
             continue
         yield child
-        yield from _executed(child)
+        yield from executed(child)
 
 
 def _module_file(root: Path, name: str) -> str | None:
@@ -152,13 +153,6 @@ def _is_trivial(file: Path) -> bool:
     """Whether a file holds nothing but a docstring."""
     body = ast.parse(file.read_text()).body
     return all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)
-
-
-@functools.cache
-def _standard_library() -> frozenset[str]:
-    import sys
-
-    return frozenset(sys.stdlib_module_names)
 
 
 @functools.cache

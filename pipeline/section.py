@@ -5,6 +5,7 @@ boolean. Run-time resources (device, threads, cache memory) are no parameters: t
 a result.
 """
 
+import functools
 import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -63,7 +64,7 @@ def read(key: str, kind: type[Kind], path: Path = PARAMS) -> Kind:
 
 
 def parse(path: Path = PARAMS) -> dict[str, Any]:
-    """A params file as nested mappings, lists as tuples.
+    """A params file as nested mappings, lists as tuples; to be read, not changed.
 
     Raises
     ------
@@ -78,6 +79,12 @@ def parse(path: Path = PARAMS) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise PipelineError(f"{path} cannot be read ({one_line(error)}); make it again.") from None
+    return _parsed(text, path)
+
+
+# A stage reads section by section; the file is the same each time.
+@functools.lru_cache(maxsize=8)
+def _parsed(text: str, path: Path) -> dict[str, Any]:
     return parse_text(text, path)
 
 

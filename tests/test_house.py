@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.closure import NO_BYTES
+from pipeline.closure import NO_BYTES, executed
 
 REPOSITORY = Path(__file__).parents[1]
 FILES = sorted(
@@ -57,18 +57,11 @@ def room_of(module: str) -> str | None:
 def imported(file: Path) -> set[str]:
     """Dotted names that a file imports, inside functions too, but for type checkers."""
     names: set[str] = set()
-
-    def visit(node: ast.AST) -> None:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
-                continue
-            if isinstance(child, ast.Import):
-                names.update(alias.name for alias in child.names)
-            elif isinstance(child, ast.ImportFrom) and child.module:
-                names.update(f"{child.module}.{alias.name}" for alias in child.names)
-            visit(child)
-
-    visit(ast.parse((REPOSITORY / file).read_text()))
+    for node in executed(ast.parse((REPOSITORY / file).read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
     return names
 
 

@@ -1,12 +1,13 @@
 """What benchmarks of composed dialogues share: all about as long, the last reply to be predicted."""
 
+import itertools
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, TypeVar
 
 from pipeline.benchmarks.base import AllSizes, Answer, Benchmark, Making, SampleGroup
 from pipeline.errors import PipelineError
-from pipeline.samples.sample import Sample, Split
+from pipeline.samples.sample import SPLITS, Sample, Split
 from pipeline.section import PositiveInt
 
 Candidate = TypeVar("Candidate")
@@ -38,33 +39,34 @@ class ComposedDialogues(Benchmark):
         """Nothing is written or chosen."""
         return {}
 
-    def shuffled(self, split: Split, candidates: Iterable[Candidate]) -> list[Candidate]:
-        """What a split may hold, in an order that the seed decides."""
-        own = list(candidates)
-        random.Random(f"{self.seed} {split}").shuffle(own)
-        return own
-
-    def fill(
+    def divided(
         self,
         making: Making,
-        split: Split,
         candidates: Sequence[Candidate],
-        compose: Callable[[Candidate], Sample | None],
-    ) -> list[Sample]:
-        """The samples of a split: the first of its candidates that can be composed.
+        split_of: Callable[[Candidate], Split],
+        compose: Callable[[Split, Sequence[Candidate], Candidate], Sample | None],
+    ) -> dict[Split, list[Sample]]:
+        """Of each split's candidates, in an order that the seed decides, the first that can be composed.
+
+        Parameters
+        ----------
+        compose
+            Makes a sample of a split from all of its candidates and the one whose last reply is to be predicted.
 
         Raises
         ------
         PipelineError
             There are too few.
         """
-        samples: list[Sample] = []
-        wanted = self.sizes.of(split)
-        for candidate in candidates:
-            if (sample := compose(candidate)) is not None:
-                samples.append(sample)
-            if len(samples) == wanted:
-                making.progress(split)
-                return samples
-        told = self.too_few.format(found=len(samples), wanted=wanted, split=split, length=self.length)
-        raise PipelineError(f"benchmarks.{making.name}: {told}")
+        samples: dict[Split, list[Sample]] = {}
+        for split in SPLITS:
+            own = [candidate for candidate in candidates if split_of(candidate) == split]
+            random.Random(f"{self.seed} {split}").shuffle(own)
+            wanted = self.sizes.of(split)
+            made = (sample for candidate in own if (sample := compose(split, own, candidate)) is not None)
+            samples[split] = list(itertools.islice(made, wanted))
+            if (found := len(samples[split])) < wanted:
+                told = self.too_few.format(found=found, wanted=wanted, split=split, length=self.length)
+                raise PipelineError(f"benchmarks.{making.name}: {told}")
+            making.progress(split)
+        return samples

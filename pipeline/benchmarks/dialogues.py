@@ -9,7 +9,6 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -97,15 +96,11 @@ class Dialogues(ComposedDialogues):
         dialogues = recover_dialogues(rows)
         split_of = assign_passages(documents, dialogues, self.sizes, self.seed)
 
-        def composed(split: Split, dialogue: Dialogue) -> Sample | None:
+        def compose(split: Split, _: Sequence[Dialogue], dialogue: Dialogue) -> Sample | None:
             passages = _passages(documents[dialogue.domain], dialogue, split, split_of, self.seed)
             return self._compose(making, split, dialogue, passages, end)
 
-        samples = {}
-        for split in SPLITS:
-            own = self.shuffled(split, (d for d in dialogues if split_of[documents[d.domain][d.gold[0]]] == split))
-            samples[split] = self.fill(making, split, own, partial(composed, split))
-        return samples
+        return self.divided(making, dialogues, lambda d: split_of[documents[d.domain][d.gold[0]]], compose)
 
     def _compose(
         self,

@@ -12,7 +12,6 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -106,7 +105,7 @@ class Oasst(ComposedDialogues):
         fitting = {thread.tree for thread in threads if composer.fits(thread)}
         split_of = assign_trees(threads, fitting, self.sizes, self.seed)
 
-        def composed(split: Split, own: Sequence[Thread], thread: Thread) -> Sample | None:
+        def compose(split: Split, own: Sequence[Thread], thread: Thread) -> Sample | None:
             found = composer.compose(thread, own)
             if found is None:
                 return None
@@ -125,11 +124,7 @@ class Oasst(ComposedDialogues):
                 ask=("likelihood",) if split == "test" else (),
             )
 
-        samples = {}
-        for split in SPLITS:
-            own = self.shuffled(split, (thread for thread in threads if split_of[thread.tree] == split))
-            samples[split] = self.fill(making, split, own, partial(composed, split, own))
-        return samples
+        return self.divided(making, threads, lambda thread: split_of[thread.tree], compose)
 
 
 def read_messages(source: Path) -> list[dict[str, Any]]:
