@@ -56,7 +56,7 @@ def _score_drawings(
     numbers: Numbers, model: str, score_figures: Mapping[str, Collection[tuple[str, str]]], run: Run
 ) -> list[Drawing]:
     styles = run.styles
-    scores = numbers.scores.filter(pl.col("model") == model)
+    scores = numbers.scores.filter(model=model)
     found = []
     for paper, shown in _score_figures(scores, score_figures):
         part = scores.join(shown, on=["benchmark", "metric"], how="semi")
@@ -72,7 +72,7 @@ def _score_drawings(
                 lambda part=part: draw_scores(part, styles),  # type: ignore[misc]
             )
         )
-    tasks = numbers.tasks.filter(pl.col("model") == model)
+    tasks = numbers.tasks.filter(model=model)
     for (benchmark, metric), part in tasks.group_by("benchmark", "metric", maintain_order=True):
         order = run.in_order(str(benchmark), part["task"].unique().to_list())
         found.append(
@@ -108,7 +108,7 @@ def _listed(pairs: pl.DataFrame, styles: Styles) -> str:
 
 
 def _cost_drawings(cost_curves: pl.DataFrame, model: str, benchmark: str, run: Run) -> list[Drawing]:
-    curves = cost_curves.filter(pl.col("model") == model, pl.col("benchmark") == benchmark)
+    curves = cost_curves.filter(model=model, benchmark=benchmark)
     layers = curves["layer"].unique().sort().to_list()
     kv_heads = curves["kv_head"].unique().sort().to_list()
     if not layers:
@@ -118,7 +118,7 @@ def _cost_drawings(cost_curves: pl.DataFrame, model: str, benchmark: str, run: R
     heads = [(layer, kv_head) for layer in shown for kv_head in kv_heads]
     first_heads = [(layer, kv_heads[0]) for layer in layers]
     layer, kv_head = example_head(layers, kv_heads, run.report)
-    one = curves.filter(pl.col("layer") == layer, pl.col("kv_head") == kv_head)
+    one = curves.filter(layer=layer, kv_head=kv_head)
     styles = run.styles
     where = f"on {styles.title(benchmark)}, {model}"
     stem = f"{model}_{benchmark}"

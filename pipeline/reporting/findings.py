@@ -17,18 +17,13 @@ from pipeline.reporting.styles import BASELINE_KINDS, Kind, Pair, Styles
 def headline(numbers: Numbers, styles: Styles) -> list[str]:
     """The findings of a run, most important first."""
     found: list[str] = []
-    for (model, benchmark, metric), part in numbers.scores.group_by(
-        "model", "benchmark", "metric", maintain_order=True
-    ):
-        differences = numbers.score_differences.filter(
-            pl.col("model") == model, pl.col("benchmark") == benchmark, pl.col("metric") == metric
-        )
+    by_metric = ["model", "benchmark", "metric"]
+    for (model, benchmark, metric), part in numbers.scores.group_by(by_metric, maintain_order=True):
+        differences = numbers.score_differences.filter(model=model, benchmark=benchmark, metric=metric)
         found += _about_scores(str(model), str(benchmark), str(metric), part, differences, styles)
-    costs, cost_differences = (
-        frame.filter(pl.col("scope") == "pooled") for frame in (numbers.costs, numbers.cost_differences)
-    )
-    for (model, benchmark), part in costs.group_by("model", "benchmark", maintain_order=True):
-        differences = cost_differences.filter(pl.col("model") == model, pl.col("benchmark") == benchmark)
+    pooled = numbers.costs.filter(scope="pooled")
+    for (model, benchmark), part in pooled.group_by("model", "benchmark", maintain_order=True):
+        differences = numbers.cost_differences.filter(scope="pooled", model=model, benchmark=benchmark)
         found += _about_cost(str(model), str(benchmark), part, differences, styles)
     return found + [_about_steps(row, styles) for row in numbers.steps.iter_rows(named=True)]
 

@@ -10,7 +10,12 @@ from pipeline.reporting.findings import format_value, interval, verdict
 from pipeline.reporting.numbers import Numbers
 from pipeline.reporting.run import Run
 from pipeline.reporting.styles import Style, Styles
-from pipeline.reporting.table import Cell, Row, Table
+from pipeline.reporting.table import Cell, Row, Table, text_table
+
+_COST_NOTE = (
+    "Future importance of evicted tokens, summed over all budgets, over the same sum for the best order. Cache sizes: "
+    "in the middle of the sequence, and the whole prompt."
+)
 
 
 def number_tables(numbers: Numbers, run: Run) -> list[Table]:
@@ -20,16 +25,15 @@ def number_tables(numbers: Numbers, run: Run) -> list[Table]:
     by_metric = ["model", "benchmark", "metric"]
     for (model, benchmark, metric), part in numbers.scores.group_by(by_metric, maintain_order=True):
         title = styles.title(str(benchmark))
-        found.append(_score_table(f"{title}: {metric} per budget ({model})", part, str(metric), styles))
-        differences = numbers.score_differences.filter(
-            pl.col("model") == model, pl.col("benchmark") == benchmark, pl.col("metric") == metric
-        )
+        found.append(_value_table(f"{title}: {metric} per budget ({model})", part, "budget", str(metric), styles))
+        differences = numbers.score_differences.filter(model=model, benchmark=benchmark, metric=metric)
         title = f"{title}: difference in {metric} ({model})"
         found += _difference_tables(title, differences, "budget", metric in LOWER_IS_BETTER, styles)
     for (model, benchmark), part in numbers.costs.group_by("model", "benchmark", maintain_order=True):
         title = styles.title(str(benchmark))
-        found.append(_cost_table(f"{title}: normalised cost, 1 = best order ({model})", part, styles))
-        differences = numbers.cost_differences.filter(pl.col("model") == model, pl.col("benchmark") == benchmark)
+        cost_title = f"{title}: normalised cost, 1 = best order ({model})"
+        found.append(_value_table(cost_title, part, "scope", "normalised_cost", styles, _COST_NOTE))
+        differences = numbers.cost_differences.filter(model=model, benchmark=benchmark)
         title = f"{title}: difference in normalised cost ({model})"
         found += _difference_tables(title, differences, "scope", True, styles)
     if not numbers.steps.is_empty():
@@ -40,31 +44,15 @@ def number_tables(numbers: Numbers, run: Run) -> list[Table]:
     return found
 
 
-def _score_table(title: str, scores: pl.DataFrame, metric: str, styles: Styles) -> Table:
-    budgets = scores["budget"].drop_nulls().unique().sort().to_list()
+def _value_table(title: str, values: pl.DataFrame, at: str, metric: str, styles: Styles, note: str = "") -> Table:
+    columns = _columns(values, at)
     rows = []
-    for pair in series(scores, styles):
-        line = {row["budget"]: row for row in select(scores, *pair).iter_rows(named=True)}
+    for pair in series(values, styles):
+        line = {row[at]: row for row in select(values, *pair).iter_rows(named=True)}
         # No eviction has one value, whatever the budget.
-        cells = [_interval_cell(line[None] if None in line else line.get(budget), metric) for budget in budgets]
+        cells = [_interval_cell(line.get(None, line.get(column)), metric) for column in columns]
         rows.append(_policy_row(styles.style(*pair), cells))
-    return Table(title, ["policy", *(f"{budget} tokens" for budget in budgets)], rows)
-
-
-def _cost_table(title: str, costs: pl.DataFrame, styles: Styles) -> Table:
-    scopes = [scope for scope in SCOPES if scope in costs["scope"]]
-    rows = []
-    for pair in series(costs, styles):
-        line = {row["scope"]: row for row in select(costs, *pair).iter_rows(named=True)}
-        cells = [_interval_cell(line.get(scope), "normalised_cost") for scope in scopes]
-        rows.append(_policy_row(styles.style(*pair), cells))
-    return Table(
-        title,
-        ["policy", *scopes],
-        rows,
-        "Future importance of evicted tokens, summed over all budgets, over the same sum for the best order. Cache "
-        "sizes: in the middle of the sequence, and the whole prompt.",
-    )
+    return Table(title, ["policy", *columns.values()], rows, note)
 
 
 def _difference_tables(
@@ -73,33 +61,28 @@ def _difference_tables(
     found = []
     for pair in series(differences, styles):
         part = select(differences, *pair)
-        columns = (
-            part["budget"].unique().sort().to_list()
-            if at == "budget"
-            else [scope for scope in SCOPES if scope in part["scope"]]
-        )
-        rivals = styles.in_order(part.select("baseline", "baseline_trained_on").unique().rows())
+        columns = _columns(part, at)
         rows = []
-        for baseline, trained_on in rivals:
-            line = {row[at]: row for row in part.filter(pl.col("baseline") == baseline).iter_rows(named=True)}
-            rows.append(
-                Row(
-                    [
-                        Cell(styles.label(baseline, trained_on)),
-                        *(_difference_cell(line[c], lower_is_better) for c in columns),
-                    ]
-                )
-            )
-        header = [f"{column} tokens" if at == "budget" else str(column) for column in columns]
+        for baseline, trained_on in styles.in_order(part.select("baseline", "baseline_trained_on").unique().rows()):
+            line = {row[at]: row for row in part.filter(baseline=baseline).iter_rows(named=True)}
+            cells = [_difference_cell(line[column], lower_is_better) for column in columns]
+            rows.append(Row([Cell(styles.label(baseline, trained_on)), *cells]))
         found.append(
             Table(
                 f"{title}: {styles.label(*pair)} minus baseline",
-                ["baseline", *header],
+                ["baseline", *columns.values()],
                 rows,
                 "Paired on the same samples. Shaded: the interval excludes zero (green: KVP is better, orange: worse).",
             )
         )
     return found
+
+
+def _columns(frame: pl.DataFrame, at: str) -> dict[Any, str]:
+    """The values of ``at`` that become columns, with their headings: budgets or scopes."""
+    if at == "budget":
+        return {budget: f"{budget} tokens" for budget in frame[at].drop_nulls().unique().sort().to_list()}
+    return {scope: scope for scope in SCOPES if scope in frame[at]}
 
 
 def _task_table(title: str, tasks: pl.DataFrame, order: Sequence[str], styles: Styles) -> Table:
@@ -115,21 +98,19 @@ def _task_table(title: str, tasks: pl.DataFrame, order: Sequence[str], styles: S
 
 def _steps_table(steps: pl.DataFrame, styles: Styles) -> Table:
     rows = [
-        Row(
-            [
-                Cell(styles.title(row["trained_on"])),
-                Cell(row["model"]),
-                Cell(str(row["rloo_steps"])),
-                Cell(f"{row['rloo_cost']:.3f}"),
-                Cell("not reached" if row["exact_steps"] is None else str(row["exact_steps"])),
-                Cell(f"{row['exact_cost']:.3f}"),
-            ]
+        (
+            styles.title(row["trained_on"]),
+            row["model"],
+            str(row["rloo_steps"]),
+            f"{row['rloo_cost']:.3f}",
+            "not reached" if row["exact_steps"] is None else str(row["exact_steps"]),
+            f"{row['exact_cost']:.3f}",
         )
         for row in steps.iter_rows(named=True)
     ]
     header = ["benchmark", "model", "rloo steps", "rloo final cost", "exact reaches it at step", "exact final cost"]
     note = "Normalised cost on validation sequences, mean over heads, at the steps that were validated."
-    return Table("Steps until the exact gradient reaches what rloo ends with", header, rows, note)
+    return text_table("Steps until the exact gradient reaches what rloo ends with", header, rows, note=note)
 
 
 def _policy_row(look: Style, cells: list[Cell]) -> Row:

@@ -21,7 +21,7 @@ def draw_scores(scores: pl.DataFrame, styles: Styles) -> Figure:
     looks = _looks(scores, styles)
     figure, places = grid(len(panels), columns=3, panel=(6.2, 5.0), sharex=False, sharey=False, names=len(looks))
     for axes, (benchmark, metric) in zip(places, panels, strict=True):
-        part = scores.filter(pl.col("benchmark") == benchmark, pl.col("metric") == metric)
+        part = scores.filter(benchmark=benchmark, metric=metric)
         _score_axes(axes, part, styles, bands=True)
         axes.set_title(f"{styles.title(benchmark)}: {metric}")
         axes.set_ylabel(metric + (" (lower is better)" if metric in LOWER_IS_BETTER else ""))
@@ -61,7 +61,7 @@ def draw_cost_grid(curves: pl.DataFrame, heads: Sequence[tuple[int, int]], colum
     looks = _looks(curves, styles)
     figure, places = grid(len(heads), columns=columns, panel=(2.3, 1.75), sharey=True, names=len(looks))
     for axes, (layer, kv_head) in zip(places, heads, strict=True):
-        part = curves.filter(pl.col("layer") == layer, pl.col("kv_head") == kv_head)
+        part = curves.filter(layer=layer, kv_head=kv_head)
         _cost_axes(axes, part, styles, thin=True)
         axes.set_title(f"layer {layer}, head {kv_head}", fontsize=10, pad=3)
         axes.tick_params(labelsize=8.5)
@@ -79,9 +79,7 @@ def draw_training(training: pl.DataFrame, styles: Styles) -> Figure:
     for axes, (model, trained_on) in zip(places, panels, strict=True):
         for estimator in styles.estimators:
             look = styles.style(f"kvp-{estimator}", trained_on)
-            part = validation.filter(
-                pl.col("model") == model, pl.col("trained_on") == trained_on, pl.col("estimator") == estimator
-            ).sort("step")
+            part = validation.filter(model=model, trained_on=trained_on, estimator=estimator).sort("step")
             if part.is_empty():
                 continue
             step = part["step"].to_numpy() + 1  # updates made

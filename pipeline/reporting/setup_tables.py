@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from pipeline.reporting.run import Run
-from pipeline.reporting.table import Cell, Row, Table
+from pipeline.reporting.table import Table, text_table
 
 if TYPE_CHECKING:
     from pipeline.benchmarks.base import Benchmark
@@ -27,26 +27,17 @@ def setup_tables(run: Run, evaluated: Mapping[str, int], prompts: pl.DataFrame, 
         From :func:`pipeline.reporting.read.read_prompts`.
     """
     models = [
-        Row(
-            [
-                Cell(name),
-                Cell(_uri(recorded.get(f"model {name}", {})), look="text"),
-                Cell(run.models[name].dtype),
-                Cell(_verdict(recorded.get(f"check {name}")), look="text"),
-            ]
-        )
+        (name, _uri(recorded.get(f"model {name}", {})), run.models[name].dtype, _verdict(recorded.get(f"check {name}")))
         for name in run.matrix.model
     ]
     data = [
-        Row(
-            [
-                Cell(run.styles.title(name)),
-                Cell(_uri(recorded.get(f"data {name}", {}).get("source", {})), look="text"),
-                Cell(_tokens(benchmark)),
-                Cell(_split_size(benchmark, "train")),
-                Cell(_split_size(benchmark, "validation")),
-                Cell(str(evaluated.get(name, 0))),
-            ]
+        (
+            run.styles.title(name),
+            _uri(recorded.get(f"data {name}", {}).get("source", {})),
+            _tokens(benchmark),
+            _split_size(benchmark, "train"),
+            _split_size(benchmark, "validation"),
+            str(evaluated.get(name, 0)),
         )
         for name, benchmark in run.benchmarks.items()
     ]
@@ -57,18 +48,12 @@ def setup_tables(run: Run, evaluated: Mapping[str, int], prompts: pl.DataFrame, 
         "estimators": ", ".join(run.matrix.estimator),
         "learning rate": f"{run.learning_rate:g}",
     }
+    of_models = ["model", "source", "precision", "checked against transformers' own numbers"]
+    of_data = ["benchmark", "source", "tokens", "training samples", "validation samples", "test samples evaluated"]
     return [
-        Table("Models", ["model", "source", "precision", "checked against transformers' own numbers"], models),
-        Table(
-            "Data",
-            ["benchmark", "source", "tokens", "training samples", "validation samples", "test samples evaluated"],
-            data,
-        ),
-        Table(
-            "Sweep and training",
-            ["setting", "value"],
-            [Row([Cell(name), Cell(value)]) for name, value in settings.items()],
-        ),
+        text_table("Models", of_models, models, prose=("source", of_models[-1])),
+        text_table("Data", of_data, data, prose=("source",)),
+        text_table("Sweep and training", ["setting", "value"], settings.items()),
         _prompt_table(run, prompts),
     ]
 
@@ -83,17 +68,16 @@ def stand_ins(run: Run) -> list[str]:
 def licence_table(run: Run, recorded: Records) -> Table:
     """Licence and pin of everything that the run was made from."""
     rows = [
-        Row(
-            [
-                Cell(what),
-                Cell(str(source.get("licence", "not recorded")), look="text"),
-                Cell(_uri(source), look="text"),
-                Cell(str(source.get("sha256") or source.get("revision") or "not recorded")[:16]),
-            ]
+        (
+            what,
+            str(source.get("licence", "not recorded")),
+            _uri(source),
+            str(source.get("sha256") or source.get("revision") or "not recorded")[:16],
         )
         for what, source in _sources(run, recorded)
     ]
-    return Table("Models and data", ["what", "licence", "source", "revision or sha256 (first 16 digits)"], rows)
+    header = ["what", "licence", "source", "revision or sha256 (first 16 digits)"]
+    return text_table("Models and data", header, rows, prose=("licence", "source"))
 
 
 def _sources(run: Run, recorded: Records) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -132,14 +116,12 @@ def _split_size(benchmark: "Benchmark", split: "Split") -> str:
 
 def _prompt_table(run: Run, prompts: pl.DataFrame) -> Table:
     rows = []
-    for (model, benchmark), part in prompts.sort("model", "benchmark").group_by(
-        "model", "benchmark", maintain_order=True
-    ):
+    by = ["model", "benchmark"]
+    for (model, benchmark), part in prompts.sort(by).group_by(by, maintain_order=True):
         by_task = {row["task"]: row for row in part.iter_rows(named=True)}
         for task in run.in_order(str(benchmark), by_task):
             row = by_task[task]
-            cells = (task, run.styles.title(str(benchmark)), str(model), str(row["samples"]))
             lengths = (f"{row[name]:,.0f}" for name in ("mean_tokens", "min_tokens", "max_tokens"))
-            rows.append(Row([Cell(text) for text in (*cells, *lengths)]))
+            rows.append((task, run.styles.title(str(benchmark)), str(model), str(row["samples"]), *lengths))
     header = ["task", "benchmark", "model", "samples", "mean tokens", "shortest", "longest"]
-    return Table("Test prompts of each task", header, rows)
+    return text_table("Test prompts of each task", header, rows)

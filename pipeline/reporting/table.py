@@ -1,5 +1,6 @@
 """A table of the page and its cells, as ``table.html.jinja`` writes them. It knows no numbers."""
 
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -28,3 +29,12 @@ class Table:
     header: list[str]
     rows: list[Row]
     note: str = ""
+
+
+def text_table(
+    title: str, header: list[str], rows: Iterable[Sequence[str]], prose: Collection[str] = (), note: str = ""
+) -> Table:
+    """A table of texts without intervals; the columns named in ``prose`` are set as running text."""
+    looks = ["text" if name in prose else "" for name in header]
+    cells = ([Cell(text, look=look) for text, look in zip(row, looks, strict=True)] for row in rows)
+    return Table(title, header, [Row(of_row) for of_row in cells], note)
