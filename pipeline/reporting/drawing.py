@@ -11,7 +11,6 @@ from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from PIL import Image
@@ -81,27 +80,27 @@ def evenly_spaced(values: list[int], count: int) -> list[int]:
     return [values[round(i * (len(values) - 1) / (count - 1))] for i in range(count)]
 
 
-def empty_figure(width: float, height: float) -> Figure:
-    """A figure of a size in inches."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
 def grid(
-    count: int, columns: int, panel: tuple[float, float], sharey: bool, sharex: bool = True, names: int = 0
+    count: int,
+    columns: int,
+    panel: tuple[float, float],
+    sharey: bool,
+    sharex: bool = True,
+    looks: Sequence[Style] = (),
 ) -> tuple[Figure, list[Axes]]:
-    """A figure of ``count`` panels, each of a size in inches, and room for a legend of ``names`` beside them."""
+    """A figure of ``count`` panels, each of a size in inches, with the names of policies at its right."""
     columns = min(columns, count)
     rows = -(-count // columns)
-    figure = empty_figure(
-        panel[0] * columns + 2.4, max(LEGEND_HEIGHT, LEGEND_LINE * (names + 1), panel[1] * rows + 0.6)
-    )
+    height = max(LEGEND_HEIGHT, LEGEND_LINE * (len(looks) + 1), panel[1] * rows + 0.6)
+    figure = Figure(figsize=(panel[0] * columns + 2.4, height), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey).flat)
     for place, unused in enumerate(axes[count:], start=count):
         unused.set_visible(False)
         # The panel above an empty place ends its column: it needs the tick labels.
         axes[place - columns].tick_params(labelbottom=True)
+    if looks:
+        handles = [Line2D([], [], label=look.label, **line(look)) for look in looks]
+        figure.legend(handles=handles, loc="outside right upper", handlelength=3.2, labelspacing=0.7)
     return figure, axes[:count]
 
 
@@ -114,9 +113,3 @@ def line(look: Style) -> dict[str, Any]:
         "marker": look.marker,
         "markersize": 6 if look.width > 2 else 4.5,
     }
-
-
-def legend(figure: Figure, looks: Sequence[Style]) -> None:
-    """Name the policies of a figure at its right."""
-    handles = [Line2D([], [], label=look.label, **line(look)) for look in looks]
-    figure.legend(handles=handles, loc="outside right upper", handlelength=3.2, labelspacing=0.7)

@@ -11,7 +11,6 @@ from typing import Any
 
 import jinja2
 import polars as pl
-from markupsafe import Markup
 
 from pipeline.reporting.drawing import Drawing
 from pipeline.reporting.findings import headline
@@ -19,7 +18,6 @@ from pipeline.reporting.number_tables import number_tables
 from pipeline.reporting.numbers import Numbers
 from pipeline.reporting.run import Run
 from pipeline.reporting.setup_tables import Records, licence_table, setup_tables, stand_ins
-from pipeline.reporting.table import Table
 
 TEMPLATES = Path(__file__).parent
 TITLE = "Learned KV-cache eviction: what this run shows"
@@ -54,11 +52,6 @@ def render(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    table_template = environment.get_template("table.html.jinja")
-
-    def render_table(table: Table) -> Markup:
-        return Markup(table_template.render(table=table))
-
     evaluated = dict(numbers.scores.group_by("benchmark").agg(pl.col("samples").max()).iter_rows())
     several_tasks = not numbers.tasks.is_empty()
     return environment.get_template("page.html.jinja").render(
@@ -70,17 +63,8 @@ def render(
         stratified=", drawn within each task, tasks of one sample together" if several_tasks else "",
         setup=setup_tables(run, evaluated, prompts, recorded),
         stand_ins=stand_ins(run),
-        figures=[
-            {
-                "title": drawing.title,
-                "paper": drawing.paper,
-                "caption": drawing.caption,
-                "data": base64.b64encode(path.read_bytes()).decode(),
-            }
-            for drawing, path in drawings
-        ],
+        figures=[(drawing, base64.b64encode(path.read_bytes()).decode()) for drawing, path in drawings],
         texts=texts,
         tables=number_tables(numbers, run),
         licences=licence_table(run, recorded),
-        render_table=render_table,
     )

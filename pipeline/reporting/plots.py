@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 
 from pipeline.reporting.aggregate import LOWER_IS_BETTER, PERPLEXITY, select, series
-from pipeline.reporting.drawing import empty_figure, grid, legend, line
+from pipeline.reporting.drawing import grid, line
 from pipeline.reporting.styles import Style, Styles
 
 
@@ -19,47 +19,40 @@ def draw_scores(scores: pl.DataFrame, styles: Styles) -> Figure:
     """Each benchmark's metric against the budget, one panel for each (figure 2)."""
     panels = scores.select("benchmark", "metric").unique().sort("metric", "benchmark").rows()
     looks = _looks(scores, styles)
-    figure, places = grid(len(panels), columns=3, panel=(6.2, 5.0), sharex=False, sharey=False, names=len(looks))
+    figure, places = grid(len(panels), columns=3, panel=(6.2, 5.0), sharex=False, sharey=False, looks=looks)
     for axes, (benchmark, metric) in zip(places, panels, strict=True):
         part = scores.filter(benchmark=benchmark, metric=metric)
         _score_axes(axes, part, styles, bands=True)
         axes.set_title(f"{styles.title(benchmark)}: {metric}")
         axes.set_ylabel(metric + (" (lower is better)" if metric in LOWER_IS_BETTER else ""))
         axes.set_xlabel("budget (tokens kept per head)")
-    legend(figure, looks)
     return figure
 
 
 def draw_tasks(tasks: pl.DataFrame, order: Sequence[str], styles: Styles) -> Figure:
     """Accuracy against budget for each task of one benchmark (figure 13)."""
-    looks = _looks(tasks, styles)
-    figure, places = grid(len(order), columns=5, panel=(3.1, 2.6), sharey=True, names=len(looks))
+    figure, places = grid(len(order), columns=5, panel=(3.1, 2.6), sharey=True, looks=_looks(tasks, styles))
     for axes, task in zip(places, order, strict=True):
         _score_axes(axes, tasks.filter(pl.col("task") == task), styles, bands=False)
         axes.set_title(task, fontsize=11)
         axes.tick_params(labelsize=9)
     figure.supxlabel("budget (tokens kept per head)")
     figure.supylabel(str(tasks["metric"][0]))
-    legend(figure, looks)
     return figure
 
 
 def draw_head_cost(curves: pl.DataFrame, styles: Styles) -> Figure:
     """Cost at each budget for one head (figure 5a)."""
-    looks = _looks(curves, styles)
-    figure = empty_figure(9.2, 5.4)
-    axes = figure.subplots()
+    figure, (axes,) = grid(1, columns=1, panel=(6.8, 4.8), sharey=False, looks=_looks(curves, styles))
     _cost_axes(axes, curves, styles, thin=False)
     axes.set_xlabel("budget / cache size")
     axes.set_ylabel("importance of evicted tokens\n(share of the best order's total over all budgets)")
-    legend(figure, looks)
     return figure
 
 
 def draw_cost_grid(curves: pl.DataFrame, heads: Sequence[tuple[int, int]], columns: int, styles: Styles) -> Figure:
     """Cost at each budget, one panel for each (layer, kv_head) (figures 14 and 15)."""
-    looks = _looks(curves, styles)
-    figure, places = grid(len(heads), columns=columns, panel=(2.3, 1.75), sharey=True, names=len(looks))
+    figure, places = grid(len(heads), columns=columns, panel=(2.3, 1.75), sharey=True, looks=_looks(curves, styles))
     for axes, (layer, kv_head) in zip(places, heads, strict=True):
         part = curves.filter(layer=layer, kv_head=kv_head)
         _cost_axes(axes, part, styles, thin=True)
@@ -67,7 +60,6 @@ def draw_cost_grid(curves: pl.DataFrame, heads: Sequence[tuple[int, int]], colum
         axes.tick_params(labelsize=8.5)
     figure.supxlabel("budget / cache size")
     figure.supylabel("importance of evicted tokens\n(share of the best order's total)")
-    legend(figure, looks)
     return figure
 
 

@@ -6,7 +6,6 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
@@ -84,7 +83,6 @@ def draw_panels(
     rows = -(-len(pairs) // columns)
     height = 2 * margin + legend + block * rows
     figure = Figure(figsize=(width + 2 * margin, height))
-    FigureCanvasAgg(figure)
     _draw_legend(figure, (margin, height - margin - legend), budget, len(text.tokens))
     head = (text.layers.index(layer), kv_head)
     importance = text.importance[head]

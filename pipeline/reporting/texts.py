@@ -140,13 +140,7 @@ def page_block(texts: Sequence[Text], run: Run) -> dict[str, Any]:
                 "total": n,
                 "layers": shown,
                 "kv_heads": text.kv_heads,
-                "policies": [
-                    {
-                        "id": policy_name(policy, trained_on),
-                        "label": run.styles.label(policy, trained_on),
-                    }
-                    for policy, trained_on in text.ranks
-                ],
+                "policies": [{"id": policy_name(*pair), "label": run.styles.label(*pair)} for pair in text.ranks],
                 "ranks": base64.b64encode(ranks.tobytes()).decode(),
                 "importance": base64.b64encode(importance.astype("<u2").tobytes()).decode(),
                 "layer": example,

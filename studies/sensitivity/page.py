@@ -11,7 +11,7 @@ from pipeline.params import Params
 from pipeline.reporting.drawing import Drawing
 from pipeline.reporting.findings import verdict
 from pipeline.reporting.page import TEMPLATES
-from pipeline.reporting.table import Cell, Row, Table
+from pipeline.reporting.table import Cell, Row, Table, text_table
 from studies.sensitivity.columns import BASE
 from studies.sensitivity.figures import INPUTS, estimator_words
 from studies.sensitivity.params import StudySensitivity, titles, training_length
@@ -52,15 +52,7 @@ def render(
         confidence=f"{params.report.confidence:.0%}",
         seeds=study.seeds,
         setup=[_setup(params, study)],
-        figures=[
-            {
-                "title": drawing.title,
-                "paper": drawing.paper,
-                "caption": drawing.caption,
-                "data": base64.b64encode(path.read_bytes()).decode(),
-            }
-            for drawing, path in drawn
-        ],
+        figures=[(drawing, base64.b64encode(path.read_bytes()).decode()) for drawing, path in drawn],
         tables=[*_axis_tables(summary), *_transfer_tables(summary), *_length_tables(summary)],
     )
 
@@ -140,11 +132,7 @@ def _setup(params: Params, study: StudySensitivity) -> Table:
             f"{factor * train.learning_rate:g}" for factor in study.rate_factor
         ),
     }
-    return Table(
-        "The study",
-        ["setting", "value"],
-        [Row([Cell(name), Cell(value, look="text")]) for name, value in settings.items()],
-    )
+    return text_table("The study", ["setting", "value"], settings.items(), prose=("value",))
 
 
 def _axis_tables(summary: pl.DataFrame) -> list[Table]:
