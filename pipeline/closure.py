@@ -18,6 +18,8 @@ from pipeline.registry import entry_names
 
 ROOT = Path(__file__).parents[1]
 _PACKAGES = ("pipeline", "stages", "studies")
+# A library -> the distributions that bring it.
+_distributions = functools.cache(metadata.packages_distributions)
 
 NO_BYTES = {
     "pipeline/errors.py": "says what is wrong",
@@ -96,9 +98,10 @@ def code_state(code: Code) -> dict[str, dict[str, str]]:
     """sha256 of every file of a piece of work, and the version of every library that they import."""
     start = str(Path(code.file).resolve().relative_to(ROOT))
     found = closure(start, code.entries)
+    distributions = {name for library in found.libraries for name in _distributions().get(library, ())}
     return {
         "files": {file: hash_file(ROOT / file) for file in sorted(found.files)},
-        "libraries": {name: version for name in sorted(found.libraries) for name, version in _distributions(name)},
+        "libraries": {name: metadata.version(name) for name in sorted(distributions)},
     }
 
 
@@ -153,14 +156,3 @@ def _is_trivial(file: Path) -> bool:
     """Whether a file holds nothing but a docstring."""
     body = ast.parse(file.read_text()).body
     return all(isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) for node in body)
-
-
-@functools.cache
-def _packages() -> Mapping[str, list[str]]:
-    return metadata.packages_distributions()
-
-
-def _distributions(library: str) -> Iterator[tuple[str, str]]:
-    """Names and versions of the distributions that bring a library."""
-    for name in sorted(set(_packages().get(library, ()))):
-        yield name, metadata.version(name)

@@ -79,15 +79,11 @@ def parse(path: Path = PARAMS) -> dict[str, Any]:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise PipelineError(f"{path} cannot be read ({one_line(error)}); make it again.") from None
-    return _parsed(text, path)
+    return parse_text(text, path)
 
 
 # A stage reads section by section; the file is the same each time.
 @functools.lru_cache(maxsize=8)
-def _parsed(text: str, path: Path) -> dict[str, Any]:
-    return parse_text(text, path)
-
-
 def parse_text(text: str, path: Path = PARAMS) -> dict[str, Any]:
     """As :func:`parse`, of the text of a file; ``path`` is for the error."""
     try:

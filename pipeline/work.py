@@ -39,7 +39,7 @@ def work_directory(
     stage
         Name of the stage and its matrix entry, for humans who look into .work.
     identity
-        JSON-serialisable parameters the output depends on.
+        Parameters the output depends on: sections, and what JSON can hold.
     upstream
         Files and directories the output is computed from.
     code
@@ -50,7 +50,8 @@ def work_directory(
         "upstream": {str(path): hash_path(path) for path in upstream},
         "code": code_state(code),
     }
-    fingerprint = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    told = json.dumps(parts, sort_keys=True, default=lambda section: section.model_dump(mode="json"))
+    fingerprint = hashlib.sha256(told.encode()).hexdigest()[:16]
     directory = root / stage / fingerprint
     with disk_errors(directory):
         directory.mkdir(parents=True, exist_ok=True)

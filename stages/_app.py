@@ -42,12 +42,12 @@ def run(*commands: Callable[..., None], checked: bool = True) -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where the shell ignores it
         signal.signal(signal.SIGINT, _interrupt)
         sys.unraisablehook = _report_unraisable
+    said = ""
     try:
         # Typer hands back the code of an early end; for Ctrl-C that is 130, or an exception in other versions.
         code = app(standalone_mode=False) or 0
     except PipelineError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the one place that speaks to the user
-        code = 1
+        code, said = 1, f"error: {error}"
     except (typer.Abort, KeyboardInterrupt):
         code = 130
     except typer.Exit as stop:
@@ -58,16 +58,15 @@ def run(*commands: Callable[..., None], checked: bool = True) -> None:
             code = getattr(error, "exit_code", 2)
         elif is_disk_full(error):
             # Wherever it came from: every library has an exception of its own for it.
-            print(  # noqa: T201
-                f"error: No space is left on the disk ({' '.join(str(error).split())[:200]}); "
-                "free some and run again, finished pieces are kept.",
-                file=sys.stderr,
-            )
+            reason = " ".join(str(error).split())[:200]
+            said = f"error: No space is left on the disk ({reason}); free some and run again, finished pieces are kept."
             code = 1
         else:
             raise
     if code == 130:
-        print("interrupted; run again to continue where it stopped.", file=sys.stderr)  # noqa: T201
+        said = "interrupted; run again to continue where it stopped."
+    if said:
+        print(said, file=sys.stderr)  # noqa: T201 - the one place that speaks to the user
     sys.exit(code)
 
 

@@ -28,9 +28,7 @@ def main(model: ModelOption, benchmark: BenchmarkOption, device: DeviceOption = 
     dtype = read_dtype(model)
     directories = _paths.policies(model, read("matrix.trained_on", Names), read("matrix.estimator", Names))
     weights, test = _paths.model(model), _paths.samples(model, benchmark, "test")
-    identity = {"evaluation": evaluation.model_dump(mode="json"), "here": here.model_dump(mode="json"), "dtype": dtype}
-    identity |= {"traces": traces.model_dump(mode="json")}
-    identity |= {"baselines": {name: baseline.model_dump(mode="json") for name, baseline in baselines.items()}}
+    identity = {"evaluation": evaluation, "here": here, "dtype": dtype, "traces": traces, "baselines": baselines}
     code = Code(__file__, {"pipeline/eviction/baselines": tuple(b.own for b in baselines.values() if b.own)})
     work = work_directory(f"evaluate-{model}-{benchmark}", identity, [weights, test, *directories.values()], code)
     rankers = make_rankers(baselines)
@@ -51,7 +49,7 @@ def main(model: ModelOption, benchmark: BenchmarkOption, device: DeviceOption = 
             # The answers are written last: where they are, the sample is done.
             if not parts["answers"][index].exists():
                 said, costs = sweep.run(sample, evaluation.seed + index)
-                write_part(parts["cost"][index], cost_table(model, sample, costs, sweep.layers))
+                write_part(parts["cost"][index], cost_table(model, sample, costs, sweep.layout.ranked))
                 write_part(parts["answers"][index], answer_table(model, sample, said))
             advance()
     for name, files in parts.items():

@@ -28,8 +28,7 @@ def main(model: ModelOption, benchmark: BenchmarkOption, device: DeviceOption = 
     directories = _paths.policies(model, read("matrix.trained_on", Names), read("matrix.estimator", Names))
     tasks = read("texts", TextsParams).tasks.get(benchmark, ())
     weights, test = _paths.model(model), _paths.samples(model, benchmark, "test")
-    identity = {"tasks": tasks, "seed": seed, "dtype": dtype, "traces": traces.model_dump(mode="json")}
-    identity |= {"baselines": {name: baseline.model_dump(mode="json") for name, baseline in baselines.items()}}
+    identity = {"tasks": tasks, "seed": seed, "dtype": dtype, "traces": traces, "baselines": baselines}
     code = Code(__file__, {"pipeline/eviction/baselines": tuple(b.own for b in baselines.values() if b.own)})
     work = work_directory(f"texts-{model}-{benchmark}", identity, [weights, test, *directories.values()], code)
     rankers = make_rankers(baselines)

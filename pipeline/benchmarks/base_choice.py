@@ -49,6 +49,19 @@ class Question:
     late_from: int | None = None
 
 
+def place(value: Any) -> Any:
+    """Index of a choice from its letter; other values as they are."""
+    return ord(value) - ord("A") if isinstance(value, str) and value in LETTERS else value
+
+
+class PlainRow(RowModel):
+    """A question of any data set."""
+
+    question: FilledText
+    choices: list[Text]
+    answer: Annotated[WholeNumber, BeforeValidator(place)]
+
+
 class MultipleChoice(Benchmark):
     """Questions with choices, for evaluation only.
 
@@ -62,17 +75,19 @@ class MultipleChoice(Benchmark):
     """Its evaluated split, as the start of file names; the first pattern that matches is taken."""
     normalised: ClassVar[bool] = False
     """Whether log-likelihoods are divided by the characters of their choice."""
+    form: ClassVar[type[RowModel]] = PlainRow
+    """The columns of ``repository``."""
 
     late_question: bool
     sizes: EvaluationSize
 
     @classmethod
-    @abstractmethod
     def columns(cls, row: Row) -> type[RowModel]:
-        """What a row must hold: the columns of ``repository``, or a plain form.
+        """What a row must hold: :attr:`form`, or a plain form where the benchmark takes that too.
 
         That has ``choices`` as a list and ``answer`` as an index counted from 0 or as the choice's letter.
         """
+        return cls.form
 
     @classmethod
     @abstractmethod
@@ -181,25 +196,11 @@ class MultipleChoice(Benchmark):
             prompt_len=len(prompt),
             question_start=start,
             answers=question.choices,
-            max_new_tokens=0,
             meta=json.dumps({"row": index}),
             ask=("choice",),
             choices=choices,
             gold=question.gold,
         )
-
-
-def place(value: Any) -> Any:
-    """Index of a choice from its letter; other values as they are."""
-    return ord(value) - ord("A") if isinstance(value, str) and value in LETTERS else value
-
-
-class PlainRow(RowModel):
-    """A question of any data set."""
-
-    question: FilledText
-    choices: list[Text]
-    answer: Annotated[WholeNumber, BeforeValidator(place)]
 
 
 def _draw(questions: Sequence[Question], count: int, seed: int) -> list[int]:

@@ -37,13 +37,9 @@ class BoolQ(MultipleChoice):
 
     repository: ClassVar[str] = "aps/super_glue"
     files: ClassVar[tuple[str, ...]] = ("boolq/validation", "data/validation", "validation")
+    form: ClassVar[type[RowModel]] = _BoolqRow
 
     kind: Literal["boolq"]
-
-    @classmethod
-    def columns(cls, row: Row) -> type[RowModel]:
-        """One form."""
-        return _BoolqRow
 
     @classmethod
     def render(cls, row: Row) -> Question:

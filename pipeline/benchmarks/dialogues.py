@@ -111,7 +111,6 @@ class Dialogues(ComposedDialogues):
         end: int | None,
     ) -> Sample | None:
         """A sample of about ``length`` tokens, None if reply or turns are too long or passages too few."""
-
         tokenizer = making.tokenizer
 
         def encoded(context: str) -> tuple[tuple[int, ...], int]:
@@ -145,9 +144,6 @@ class Dialogues(ComposedDialogues):
             split=split,
             input_ids=ids,
             prompt_len=prompt_len,
-            question_start=None,
-            answers=(),
-            max_new_tokens=0,
             meta=json.dumps({"row": dialogue.number, "passages": [index for index, _ in used]}, sort_keys=True),
             ask=("likelihood",) if split == "test" else (),
         )

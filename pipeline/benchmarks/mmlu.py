@@ -20,13 +20,9 @@ class Mmlu(MultipleChoice):
 
     repository: ClassVar[str] = "cais/mmlu"
     files: ClassVar[tuple[str, ...]] = ("all/test", "*/test", "test")
+    form: ClassVar[type[RowModel]] = _MmluRow
 
     kind: Literal["mmlu"]
-
-    @classmethod
-    def columns(cls, row: Row) -> type[RowModel]:
-        """One form."""
-        return _MmluRow
 
     @classmethod
     def render(cls, row: Row) -> Question:

@@ -117,9 +117,6 @@ class Oasst(ComposedDialogues):
                 split=split,
                 input_ids=ids,
                 prompt_len=prompt_len,
-                question_start=None,
-                answers=(),
-                max_new_tokens=0,
                 meta=json.dumps({"threads": [other.leaf for other in used]}, sort_keys=True),
                 ask=("likelihood",) if split == "test" else (),
             )

@@ -161,7 +161,6 @@ class Ruler(Benchmark):
             split=split,
             input_ids=ids,
             prompt_len=prompt_len,
-            question_start=None,
             answers=answers,
             max_new_tokens=min(self.max_new_tokens, task.tokens_to_generate),
             meta=json.dumps({"seed": row["seed"], "length": row["length"], "index": row["index"]}, sort_keys=True),

@@ -58,24 +58,23 @@ def ask(
     end_tokens: frozenset[int],
 ) -> Iterator[Said]:
     """What every row says to each ``ask`` of a sample; the cache is of no more use afterwards."""
+    last = sample.context_len - 1
+    first_tokens = sample.input_ids[last : sample.prompt_len]
     # Likelihoods come first: generating drops the rows that have finished.
     if "choice" in sample.ask:
-        yield from _choose(sample, cache, rows, model)
+        nll = choice_nll(model, cache, first_tokens, sample.choices, last)
+        for (key, budget), values in zip(rows, nll.tolist(), strict=True):
+            yield Said(key, budget, "choice", None, tuple(values), 1)
     if "likelihood" in sample.ask:
-        yield from _read(sample, cache, rows, model)
+        # Tokens of a late question are read, not predicted.
+        predicted = len(sample.input_ids) - sample.prompt_len
+        nll = continuation_nll(model, cache, torch.tensor(sample.input_ids[last:]), last)[:, -predicted:]
+        for (key, budget), values in zip(rows, nll.tolist(), strict=True):
+            yield Said(key, budget, "likelihood", None, tuple(values), predicted)
         cache.rewind()
-    if "text" in sample.ask:
-        yield from _write(sample, cache, rows, model, tokenizer, end_tokens)
+    if "text" not in sample.ask:
+        return
 
-
-def _write(
-    sample: Sample,
-    cache: EvictedCache,
-    rows: Rows,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    end_tokens: frozenset[int],
-) -> Iterator[Said]:
     def text(tokens: Sequence[int]) -> str:
         decoded = tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         assert isinstance(decoded, str)
@@ -84,8 +83,6 @@ def _write(
     def is_finished(tokens: list[int]) -> bool:
         return tokens[-1] in end_tokens or (bool(sample.enough) and _is_enough(sample, text(tokens)))
 
-    last = sample.context_len - 1
-    first_tokens = sample.input_ids[last : sample.prompt_len]
     generated = greedy_decode(model, cache, first_tokens, last, sample.max_new_tokens, is_finished)
     for (key, budget), tokens in zip(rows, generated, strict=True):
         yield Said(key, budget, "text", text(tokens), (), len(tokens))
@@ -94,20 +91,3 @@ def _write(
 def _is_enough(sample: Sample, text: str) -> bool:
     written = text.lower()
     return any(all(part.lower() in written for part in group) for group in sample.enough)
-
-
-def _read(sample: Sample, cache: EvictedCache, rows: Rows, model: PreTrainedModel) -> Iterator[Said]:
-    last = sample.context_len - 1
-    # Tokens of a late question are read, not predicted.
-    predicted = len(sample.input_ids) - sample.prompt_len
-    nll = continuation_nll(model, cache, torch.tensor(sample.input_ids[last:]), last)[:, -predicted:]
-    for (key, budget), values in zip(rows, nll.tolist(), strict=True):
-        yield Said(key, budget, "likelihood", None, tuple(values), predicted)
-
-
-def _choose(sample: Sample, cache: EvictedCache, rows: Rows, model: PreTrainedModel) -> Iterator[Said]:
-    last = sample.context_len - 1
-    first_tokens = sample.input_ids[last : sample.prompt_len]
-    nll = choice_nll(model, cache, first_tokens, sample.choices, last)
-    for (key, budget), values in zip(rows, nll.tolist(), strict=True):
-        yield Said(key, budget, "choice", None, tuple(values), 1)

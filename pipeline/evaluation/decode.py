@@ -157,8 +157,7 @@ def evicted_attention(
 
     Returns
     -------
-    output
-        (rows, t, heads, head_dim).
+    (rows, t, heads, head_dim).
     """
     number = layer_number(module)
     heads, new, head_dim = query.shape[1:]

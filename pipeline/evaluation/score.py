@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import torch
@@ -52,7 +51,11 @@ def score_answers(benchmark: Benchmark, samples: Sequence[Sample], answers: pl.D
                 f"The answers hold sample {row['sample_id']}, which is not among the test samples; run the evaluate "
                 "stage again."
             )
-        for metric, value in _judged(benchmark, by_id[row["sample_id"]], row).items():
+        if row["ask"] == "likelihood":
+            judgement = {"nll": float(torch.tensor(row["nll"], dtype=torch.float64).mean())}
+        else:
+            judgement = benchmark.score(by_id[row["sample_id"]], Answer(row["text"], row["nll"]))
+        for metric, value in judgement.items():
             if metric not in METRICS:
                 raise PipelineError(
                     f"{benchmark.kind} gives the metric '{metric}', which METRICS in pipeline/metrics.py lacks; add it."
@@ -60,9 +63,3 @@ def score_answers(benchmark: Benchmark, samples: Sequence[Sample], answers: pl.D
             judged = row | {"metric": metric, "value": value}
             rows.append(tuple(judged[name] for name in EVALUATION))
     return pl.DataFrame(rows, schema=EVALUATION, orient="row")
-
-
-def _judged(benchmark: Benchmark, sample: Sample, row: dict[str, Any]) -> dict[str, float]:
-    if row["ask"] == "likelihood":
-        return {"nll": float(torch.tensor(row["nll"], dtype=torch.float64).mean())}
-    return benchmark.score(sample, Answer(row["text"], row["nll"]))

@@ -17,7 +17,6 @@ from pipeline.evaluation.prefill import Prefill, prefill_sample
 from pipeline.eviction.baselines.base import SHORTEST_CACHE
 from pipeline.eviction.budget import EvaluationParams, protected_ranking
 from pipeline.eviction.rankers import Ranker
-from pipeline.models.layers import ModelLayer
 from pipeline.models.layout import CacheLayout, cache_layout
 from pipeline.models.load import end_token_ids
 from pipeline.policy.agents import Policy
@@ -57,11 +56,6 @@ class Sweep:
     def __post_init__(self) -> None:
         self.layout = cache_layout(self.model)
         self.end_tokens = end_token_ids(self.model)
-
-    @property
-    def layers(self) -> tuple[ModelLayer, ...]:
-        """The model's numbers of the ranked layers."""
-        return self.layout.ranked
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Refuse samples that :meth:`run` would refuse, before the first of them is run.

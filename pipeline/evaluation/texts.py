@@ -78,9 +78,8 @@ def token_table(
 
     Returns
     -------
-    pl.DataFrame
-        The columns of ``TOKENS``. ``importance`` is the true future importance of the token at the
-        whole context; ``rank`` is its place in the policy's own order, nothing protected, 0 = kept longest.
+    The columns of ``TOKENS``. ``importance`` is the true future importance of the token at the
+    whole context; ``rank`` is its place in the policy's own order, nothing protected, 0 = kept longest.
     """
     n = sample.context_len
     scores = prefill.scores[n]

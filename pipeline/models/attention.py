@@ -62,14 +62,18 @@ def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None
     model.set_attn_implementation(name)
     try:
         if text._attn_implementation != name:
-            raise PipelineError(
-                f"{model.name_or_path or type(model).__name__}: {type(model).__name__} computes its attention itself, "
-                "not through transformers' attention interface, so nothing can be captured or evicted; choose "
-                "another model."
-            )
+            raise own_attention(model)
         yield
     finally:
         model.set_attn_implementation(previous)
+
+
+def own_attention(model: PreTrainedModel) -> PipelineError:
+    """What is said of a model whose attention transformers' interface does not reach."""
+    return PipelineError(
+        f"{model.name_or_path or type(model).__name__}: {type(model).__name__} computes its attention itself, not "
+        "through transformers' attention interface, so nothing can be captured or evicted; choose another model."
+    )
 
 
 def attention_weights(

@@ -7,7 +7,7 @@ reads. Nothing else of a source gets into an output, no code, and nothing of the
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from pipeline.errors import PipelineError, one_line
 from pipeline.files import atomic_write, disk_errors, remove, write_json
 from pipeline.models.gguf import sentencepiece_tokenizer
-from pipeline.models.load import quiet, require_weights
+from pipeline.models.load import quiet, require_weights, some
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SOURCE_FILE = "source.json"
@@ -201,7 +201,7 @@ def _export_gguf(source: Path, out: Path) -> None:
         unused.remove("rope_freqs.weight")
     if unused := [*unused, *_unread_keys(reader, model)]:
         raise PipelineError(
-            f"{source} holds what transformers does not read from a GGUF file ({_some(unused)}), so that its numbers "
+            f"{source} holds what transformers does not read from a GGUF file ({some(unused)}), so that its numbers "
             "would be others; take the model as safetensors."
         )
     tokenizer.save_pretrained(out)
@@ -273,8 +273,3 @@ def _take_llama3_rope(reader: Any, model: PreTrainedModel) -> bool:
         return True
     model.config.rope_parameters = before
     return False
-
-
-def _some(names: Iterable[str]) -> str:
-    first, more = list(names)[:3], max(0, len(list(names)) - 3)
-    return ", ".join(first) + (f" and {more} more" if more else "")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
 from pipeline.errors import PipelineError, one_line
-from pipeline.models.attention import attention_function, call_active
+from pipeline.models.attention import attention_function, call_active, own_attention
 from pipeline.models.forward import run_model
 from pipeline.models.layers import ModelLayer, layer_number, readable_tokens
 
@@ -56,21 +56,15 @@ class CacheLayout:
 
 
 @dataclass(frozen=True)
-class _Mask:
-    """What a model would build its attention mask from."""
-
-    visible: Callable[..., Any]  # (batch, head, query, token), index tensors that broadcast -> bool
-
-
-@dataclass(frozen=True)
 class _Layer:
     module: nn.Module
     sizes: tuple[int, int, int, int]  # heads, kv_heads, width of a key, width of a value
     mask: object
 
 
-def _mask(*, mask_function: Callable[..., Any], **_: Any) -> _Mask:
-    return _Mask(mask_function)
+def _mask(*, mask_function: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+    """What a model would build its mask from: (batch, head, query, token), index tensors that broadcast -> bool."""
+    return mask_function
 
 
 # The attention that is active is called under this name too, but with what the model's mask is made of.
@@ -121,10 +115,7 @@ def _look(model: PreTrainedModel) -> CacheLayout:
             f"{name} cannot be run with a cache of keys and values alone ({one_line(error)}); choose another model."
         ) from error
     if not seen:
-        raise PipelineError(
-            f"{name}: {type(model).__name__} computes its attention itself, not through transformers' attention "
-            "interface, so nothing can be captured or evicted; choose another model."
-        )
+        raise own_attention(model)
     if problem := _problem(seen, calls, cache):
         raise PipelineError(f"{name} {problem}, so its cache cannot be ranked; choose another model.")
     tokens = _tokens(name, model)
@@ -190,7 +181,7 @@ def _window(name: str, number: ModelLayer, mask: object, reach: int) -> int | No
     )
     if mask is None:  # plain causal attention, which needs no mask
         return None
-    if not isinstance(mask, _Mask):
+    if not callable(mask):
         raise refused
     tokens = torch.arange(reach)
     zero = torch.zeros((), dtype=torch.int64)
@@ -198,7 +189,7 @@ def _window(name: str, number: ModelLayer, mask: object, reach: int) -> int | No
     # The last two tell a window from chunks whose borders stay where they are.
     for query in sorted({0, min(1, reach - 1), reach // 3, reach // 2, max(reach - 2, 0), reach - 1}):
         try:
-            visible = torch.as_tensor(mask.visible(zero, zero, torch.tensor(query), tokens)).broadcast_to(reach)
+            visible = torch.as_tensor(mask(zero, zero, torch.tensor(query), tokens)).broadcast_to(reach)
         except Exception:  # a mask that asks for more than positions
             raise refused from None
         count = int(visible.sum())

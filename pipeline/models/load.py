@@ -1,6 +1,6 @@
 """Load an exported model and its tokenizer. It knows no attention capture."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +65,17 @@ def require_weights(source: Path, report: Mapping[str, Any]) -> None:
         ("unexpected_keys", "holds, without use for them,"),
     ):
         if names := sorted(key if isinstance(key, str) else key[0] for key in report.get(kind) or ()):
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            problems.append(f"{words} {', '.join(names[:3])}{more}")
+            problems.append(f"{words} {some(names)}")
     if problems:
         raise PipelineError(
             f"{source}: the weights are not those of its config.json: it {', and '.join(problems)}; convert or fetch "
             "the model again."
         )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

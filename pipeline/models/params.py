@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
-from pipeline.section import PARAMS, Name, Section, find, parse, validate
+from pipeline.section import PARAMS, Name, Section, read
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
@@ -21,6 +21,5 @@ class ModelParams(Section):
 
 def read_dtype(model: str, path: Path = PARAMS) -> str:
     """``models.<model>.dtype`` of a params file."""
-    key = f"models.{model}.dtype"
-    found: str = validate(find(parse(path), key, path), Dtype, key, path)  # type: ignore[arg-type]
+    found: str = read(f"models.{model}.dtype", Dtype, path)  # type: ignore[arg-type]
     return found

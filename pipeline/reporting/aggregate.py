@@ -31,9 +31,8 @@ def score_table(evaluation: pl.DataFrame, report: ReportParams) -> pl.DataFrame:
 
     Returns
     -------
-    pl.DataFrame
-        model, benchmark, metric ("accuracy", "perplexity"), policy, trained_on, budget, mean, low,
-        high, samples. Perplexity is exp(sum nll * n_tokens / sum n_tokens).
+    model, benchmark, metric ("accuracy", "perplexity"), policy, trained_on, budget, mean, low,
+    high, samples. Perplexity is exp(sum nll * n_tokens / sum n_tokens).
     """
     return _interval_table(_scores(evaluation), ["model", "metric", "benchmark"], [*POLICY, "budget"], report)
 
@@ -51,9 +50,8 @@ def score_difference_table(evaluation: pl.DataFrame, reference: str, report: Rep
 
     Returns
     -------
-    pl.DataFrame
-        model, benchmark, metric, policy, trained_on, baseline, baseline_trained_on, budget, difference,
-        low, high.
+    model, benchmark, metric, policy, trained_on, baseline, baseline_trained_on, budget, difference,
+    low, high.
     """
     return _difference_table(_scores(evaluation), reference, ["model", "benchmark", "metric"], ["budget"], report)
 
@@ -63,9 +61,8 @@ def normalised_costs(cost: pl.DataFrame, evaluation: pl.DataFrame) -> pl.DataFra
 
     Returns
     -------
-    pl.DataFrame
-        model, benchmark, scope (one of ``SCOPES``), policy, trained_on, sample_id, task, value, weight.
-        The whole prompt is a sample's largest cache; pooled is the mean over its cache sizes.
+    model, benchmark, scope (one of ``SCOPES``), policy, trained_on, sample_id, task, value, weight.
+    The whole prompt is a sample's largest cache; pooled is the mean over its cache sizes.
     """
     sample = ["model", "benchmark", "sample_id"]
     tasks = evaluation.select(*sample, "task").unique()
@@ -107,9 +104,8 @@ def cost_curves(cost: pl.DataFrame) -> pl.DataFrame:
 
     Returns
     -------
-    pl.DataFrame
-        model, benchmark, policy, trained_on, layer, kv_head, fraction (of cache_size that is kept), cost
-        (mean over samples and cache sizes).
+    model, benchmark, policy, trained_on, layer, kv_head, fraction (of cache_size that is kept), cost
+    (mean over samples and cache sizes).
     """
     cache = ["model", "benchmark", "sample_id", "layer", "kv_head", "cache_size"]
     head = ["model", "benchmark", *POLICY, "layer", "kv_head", "fraction"]
@@ -134,17 +130,16 @@ def cost_curves(cost: pl.DataFrame) -> pl.DataFrame:
 
 def training_table(curves: pl.DataFrame) -> pl.DataFrame:
     """Training curves over heads: model, trained_on, estimator, metric, step, mean, q10, median, q90."""
-    value = pl.col("value").cast(pl.Float64)
-    return (
-        curves.group_by("model", "trained_on", "estimator", "metric", "step")
-        .agg(
-            mean=value.mean(),
-            q10=value.quantile(0.1, "linear"),
-            median=value.median(),
-            q90=value.quantile(0.9, "linear"),
-        )
-        .sort("model", "trained_on", "metric", "estimator", "step")
+    return over_heads(curves, ["model", "trained_on", "metric", "estimator", "step"]).select(
+        "model", "trained_on", "estimator", "metric", "step", "mean", "q10", "median", "q90"
     )
+
+
+def over_heads(curves: pl.DataFrame, by: list[str]) -> pl.DataFrame:
+    """The columns ``by``, in their order, and mean, q10, median and q90 of ``value`` over all else."""
+    value = pl.col("value").cast(pl.Float64)
+    low, high = (value.quantile(share, "linear") for share in (0.1, 0.9))
+    return curves.group_by(by).agg(mean=value.mean(), q10=low, median=value.median(), q90=high).sort(by)
 
 
 def steps_table(training: pl.DataFrame) -> pl.DataFrame:
@@ -154,9 +149,8 @@ def steps_table(training: pl.DataFrame) -> pl.DataFrame:
 
     Returns
     -------
-    pl.DataFrame
-        model, trained_on, rloo_steps, rloo_cost, exact_steps (first validated step at or below rloo_cost,
-        null if none), exact_cost (its last). Empty where one of the two was not trained.
+    model, trained_on, rloo_steps, rloo_cost, exact_steps (first validated step at or below rloo_cost,
+    null if none), exact_cost (its last). Empty where one of the two was not trained.
     """
     validation = training.filter(pl.col("metric") == "validation_cost").sort("step")
     by = ["model", "trained_on"]

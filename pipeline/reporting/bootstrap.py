@@ -25,8 +25,7 @@ def resampling_counts(strata: NDArray[np.int64], count: int, generator: np.rando
 
     Returns
     -------
-    Floats
-        Counts; each row sums to the number of samples.  # (count, samples)
+    Counts; each row sums to the number of samples.  # (count, samples)
     """
     names, sizes = np.unique(strata, return_counts=True)
     alone = np.isin(strata, names[sizes == 1])

@@ -78,8 +78,7 @@ def read_prompts(paths: Mapping[tuple[str, str], Path]) -> pl.DataFrame:
 
     Returns
     -------
-    pl.DataFrame
-        model, benchmark, task, samples, mean_tokens, min_tokens, max_tokens.
+    model, benchmark, task, samples, mean_tokens, min_tokens, max_tokens.
     """
     length = pl.col("prompt_len")
     return pl.concat(

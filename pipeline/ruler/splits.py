@@ -11,7 +11,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def units(task: Task, text: str) -> frozenset[str]:
     The common word list of cwe and the repeated noise sentences are not among them.
     """
     if task.script == "qa":
-        return frozenset(_documents(task, text))
+        return frozenset(part for part in re.split(r"(?:^|\n\n)Document \d+:\n", _context(task, text)) if part)
     if task.script == "niah":
         return frozenset(part for needle in _NEEDLE.findall(text) for part in needle)
     if task.script == "variable_tracking":
@@ -92,20 +92,16 @@ def split_rows(
     stop = threading.Event()
     futures = {task: pool.submit(_task_rows, plan, tasks[task], jobs, stop, progress) for task in plan.wanted.tasks}
     try:
-        return _results(futures)
+        done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
+        for future in done:
+            # Raises the first failure; nothing else has been told to stop yet.
+            future.result()
+        return {task: future.result() for task, future in futures.items()}
     except BaseException:
         # Before the pool waits for its threads: they end their scripts when they see this.
         stop.set()
         pool.shutdown(wait=False, cancel_futures=True)
         raise
-
-
-def _results(futures: dict[str, "Future[list[Row]]"]) -> dict[str, list[Row]]:
-    done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
-    for future in done:
-        # Raises the first failure; nothing else has been told to stop yet.
-        future.result()
-    return {task: future.result() for task, future in futures.items()}
 
 
 def _task_rows(plan: Plan, task: Task, jobs: Host, stop: threading.Event, progress: Callable[[str], None]) -> list[Row]:
@@ -134,11 +130,8 @@ def _fresh_rows(plan: Plan, task: Task, jobs: Host, stop: threading.Event) -> li
             package, seed, count = plan.wheel, plan.wanted.seed, wanted
         else:
             # A few more than wanted, for those that share a unit with another split.
-            package, seed, count = (
-                scratch,
-                _seed(plan.wanted.seed, plan.split, task.name, attempt),
-                missing + missing // 4 + 2,
-            )
+            package, count = scratch, missing + missing // 4 + 2
+            seed = _seed(plan.wanted.seed, plan.split, task.name, attempt)
             _prepare(plan, task, package, seed, count)
         if task.script == "qa":
             _check_questions(plan, task, package, count)
@@ -182,12 +175,8 @@ def _prepare(plan: Plan, task: Task, package: Path, seed: int, count: int) -> No
     if task.script == "qa":
         name = f"{task.arguments[-1]}.json"
         data = json.loads((source / name).read_text())
-        data = (
-            _squad_without(data, plan, task, seed, count)
-            if name == "squad.json"
-            else _hotpot_without(data, plan, task, seed, count)
-        )
-        (target / name).write_text(json.dumps(data))
+        without = _squad_without if name == "squad.json" else _hotpot_without
+        (target / name).write_text(json.dumps(without(data, plan, task, seed, count)))
 
 
 def _essay_portion(wanted: Wanted, split: Split, seed: int, text: str) -> str:
@@ -299,11 +288,6 @@ def _check_questions(plan: Plan, task: Task, package: Path, count: int) -> None:
 def _context(task: Task, text: str) -> str:
     before, after = (part.split("{")[0] for part in task.template.split("{context}"))
     return text[text.index(before) + len(before) : text.rindex(after)]
-
-
-def _documents(task: Task, text: str) -> list[str]:
-    context = _context(task, text)
-    return [part for part in re.split(r"(?:^|\n\n)Document \d+:\n", context) if part]
 
 
 def _seed(seed: int, split: str, task: str, attempt: int) -> int:

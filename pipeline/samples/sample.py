@@ -78,10 +78,10 @@ class Sample:
     split: Split
     input_ids: tuple[int, ...]
     prompt_len: int
-    question_start: int | None
-    answers: tuple[str, ...]
-    max_new_tokens: int
-    meta: str
+    question_start: int | None = None
+    answers: tuple[str, ...] = ()
+    max_new_tokens: int = 0
+    meta: str = "{}"
     ask: tuple[Ask, ...] = ()
     enough: tuple[tuple[str, ...], ...] = ()
     choices: tuple[tuple[int, ...], ...] = ()
@@ -127,7 +127,7 @@ def read_samples(path: Path) -> list[Sample]:
     try:
         table = pq.read_table(path, partitioning=None)
     except (OSError, pa.ArrowException) as error:
-        raise PipelineError(f"{path} cannot be read as samples ({_one_line(error)}); {again}.") from None
+        raise PipelineError(f"{path} cannot be read as samples ({' '.join(str(error).split())}); {again}.") from None
     missing = sorted(set(SCHEMA.names) - set(table.column_names))
     if missing:
         raise PipelineError(f"{path} lacks the columns {', '.join(missing)}; {again}.")
@@ -178,10 +178,6 @@ def _has_null(value: Any, optional: bool) -> bool:
     if isinstance(value, list):
         return any(_has_null(item, False) for item in value)
     return value is None and not optional
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _as_tuples(value: Any) -> Any:

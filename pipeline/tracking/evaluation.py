@@ -37,8 +37,7 @@ def log_evaluation(results: Path, reports: Path, params: "Params") -> list[str]:
 
     Returns
     -------
-    list[str]
-        Ids of the models' runs, one for each model of the matrix.
+    Ids of the models' runs, one for each model of the matrix.
     """
     evaluation = read_table(results / "evaluation.parquet", EVALUATION)
     cost = read_table(results / "cost.parquet", COST)
@@ -55,9 +54,8 @@ def log_evaluation(results: Path, reports: Path, params: "Params") -> list[str]:
             if parent is None:
                 # Of an evaluation that was interrupted, or deleted.
                 runs.delete_runs(client, experiment, f"tags.fingerprint = '{fingerprint}' and tags.role = 'policy'")
-                ours = evaluation.filter(pl.col("model") == model)
-                our_cost = cost.filter(pl.col("model") == model)
-                parent = _log_model_evaluation(client, experiment, fingerprint, (ours, our_cost), reports, params)
+                ours = (evaluation.filter(model=model), cost.filter(model=model))
+                parent = _log_model_evaluation(client, experiment, fingerprint, ours, reports, params)
             parents.append(parent)
     return parents
 
@@ -87,7 +85,8 @@ def _log_model_evaluation(
         tags = identity | {"role": "policy", "part_of": parent, "fingerprint": fingerprint} | runs.colour(place)
         child = runs.start(client, experiment, name, tags)
         points = _score_points(select(scores, policy, trained_on), params)
-        points += _cost_points(select(costs, policy, trained_on))
+        pooled = select(costs, policy, trained_on).filter(scope="pooled")
+        points += [(f"{row['benchmark']}_normalised_cost", row["mean"], 0) for row in pooled.iter_rows(named=True)]
         runs.log(client, child, points, params=identity)
         client.set_terminated(child)
     if reports.is_dir():
@@ -120,8 +119,3 @@ def _columns(evaluation: pl.DataFrame, params: "Params") -> tuple[str, ...]:
     scores = sorted({(benchmark, METRICS[metric].title) for benchmark, metric in measured})
     at_budget = [f"metrics.{name}_{metric}_at_{_headline_budget(name, params)}" for name, metric in scores]
     return (*at_budget, *(f"metrics.{name}_normalised_cost" for name in params.matrix.trained_on))
-
-
-def _cost_points(costs: pl.DataFrame) -> list[tuple[str, float, int]]:
-    pooled = costs.filter(pl.col("scope") == "pooled")
-    return [(f"{row['benchmark']}_normalised_cost", row["mean"], 0) for row in pooled.iter_rows(named=True)]

@@ -9,6 +9,7 @@ import polars as pl
 
 from pipeline.errors import PipelineError
 from pipeline.files import hash_file
+from pipeline.reporting.aggregate import over_heads
 from pipeline.reporting.read import read_table
 from pipeline.tables import CURVES
 from pipeline.tracking import runs
@@ -31,7 +32,9 @@ def log_finished_training(policy_dir: Path) -> None:
     try:
         log_training(policy_dir)
     except Exception as error:
-        sentence = str(error) if isinstance(error, PipelineError) else _unexpected(error)
+        sentence = str(error)
+        if not isinstance(error, PipelineError):
+            sentence = f"{type(error).__name__}: {error}; python -m stages.track tries it again."
         logging.getLogger(__name__).warning("warning: %s is finished, but not logged. %s", policy_dir, sentence)
 
 
@@ -45,8 +48,7 @@ def log_training(policy_dir: Path) -> str:
 
     Returns
     -------
-    str
-        Id of the training's run; that of the existing one if this training is logged already.
+    Id of the training's run; that of the existing one if this training is logged already.
 
     Raises
     ------
@@ -61,12 +63,14 @@ def log_training(policy_dir: Path) -> str:
         # Of a training that was interrupted, or deleted.
         runs.delete_runs(client, heads, f"tags.fingerprint = '{fingerprint}'")
         curves = read_table(policy_dir / "curves.parquet", CURVES)
-        name = _training_name(config)
+        train = config["params"]
+        name = f"{config['trained_on']} {config['estimator']} {train['steps']} steps lr {train['learning_rate']:g}"
         others = client.search_runs([experiment], "tags.role = 'training'", max_results=50_000)
         training = runs.start(client, experiment, name, _training_tags(config, fingerprint) | runs.colour(len(others)))
         # MLflow shows this above a run. Without a server's address it works at any, and in the run's own tab.
         of_heads = page("", heads, search=f"tags.part_of = '{training}'")
-        client.set_tag(training, "mlflow.note.content", f"[Its {_heads(config)} heads]({of_heads.removeprefix('/')})")
+        count = config["layers"] * config["kv_heads"]
+        client.set_tag(training, "mlflow.note.content", f"[Its {count} heads]({of_heads.removeprefix('/')})")
         runs.log(client, training, _aggregate_metrics(_thinned(curves, PARENT_POINTS)), params=_training_params(config))
         _log_traces(client, training, config)
         client.log_table(training, _last_values(curves), "heads.json")
@@ -106,15 +110,9 @@ def _thinned(curves: pl.DataFrame, most: int) -> pl.DataFrame:
 
 
 def _aggregate_metrics(curves: pl.DataFrame) -> list[tuple[str, float, int]]:
-    value = pl.col("value").cast(pl.Float64)
-    over_heads = (
-        curves.group_by("metric", "step")
-        .agg(mean=value.mean(), q10=value.quantile(0.1, "linear"), q90=value.quantile(0.9, "linear"))
-        .sort("metric", "step")
-    )
     return [
         (f"{name}_{row['metric']}", row[name], row["step"])
-        for row in over_heads.iter_rows(named=True)
+        for row in over_heads(curves, ["metric", "step"]).iter_rows(named=True)
         for name in ("mean", "q10", "q90")
     ]
 
@@ -123,15 +121,6 @@ def _last_values(curves: pl.DataFrame) -> dict[str, list[Any]]:
     last = curves.sort("step").group_by("layer", "kv_head", "metric").agg(pl.col("value").last())
     table = last.sort("metric").pivot("metric", index=["layer", "kv_head"]).sort("layer", "kv_head")
     return table.to_dict(as_series=False)
-
-
-def _heads(config: dict[str, Any]) -> int:
-    return int(config["layers"]) * int(config["kv_heads"])
-
-
-def _training_name(config: dict[str, Any]) -> str:
-    train = config["params"]
-    return f"{config['trained_on']} {config['estimator']} {train['steps']} steps lr {train['learning_rate']:g}"
 
 
 def _training_params(config: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +145,3 @@ def _read_config(path: Path) -> dict[str, Any]:
     if missing:
         raise PipelineError(f"{path} lacks {', '.join(missing)}; run the train stage again.")
     return config
-
-
-def _unexpected(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}; python -m stages.track tries it again."

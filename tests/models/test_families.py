@@ -71,7 +71,7 @@ def test_a_policy_is_trained_for_two_steps_and_used(family: str, make_model: Mak
     nll = {(found.key, found.budget): fmean(found.nll) for found in said}
     assert nll[KEY, 200] == pytest.approx(nll[FULL, None], rel=1e-4)
     assert nll[KEY, 32] != pytest.approx(nll[FULL, None], rel=1e-3)
-    table = cost_table(family, sample("test", 4), costs, sweep.layers)
+    table = cost_table(family, sample("test", 4), costs, sweep.layout.ranked)
     assert tuple(table["layer"].unique().sort()) == numbers
 
     cache = DynamicCache(config=model.config)
