@@ -110,7 +110,7 @@ class MultipleChoice(Benchmark):
         """
         kind = cls.__module__.rpartition(".")[2]
         schema = f"{cls.repository}, or question, choices and answer"
-        for file in cls.evaluated_files(source):
+        for file in cls._evaluated_files(source):
             for number, (place, raw) in enumerate(read_placed_rows(file)):
                 where = f"{place}: row {number}"
                 row = validated(cls.columns(raw), raw, where, kind, schema).model_dump()
@@ -120,14 +120,7 @@ class MultipleChoice(Benchmark):
                 yield row, question
 
     @classmethod
-    def evaluated_files(cls, source: Path) -> list[Path]:
-        """The files of the evaluated split, in order.
-
-        Raises
-        ------
-        PipelineError
-            The directory holds no such file.
-        """
+    def _evaluated_files(cls, source: Path) -> list[Path]:
         if source.is_file():
             return [source]
         for start in cls.files:

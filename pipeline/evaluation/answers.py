@@ -13,23 +13,10 @@ from pipeline.tables import ANSWERS, COST
 
 def answer_table(model: str, sample: Sample, said: Sequence[Said]) -> pl.DataFrame:
     """The columns of ``ANSWERS`` (``pipeline/tables.py``) for one sample."""
-    rows = [
-        (
-            model,
-            found.key.policy,
-            found.key.trained_on,
-            sample.benchmark,
-            sample.task,
-            sample.sample_id,
-            found.budget,
-            found.ask,
-            found.text,
-            list(found.nll),
-            found.n_tokens,
-        )
-        for found in said
-    ]
-    return pl.DataFrame(rows, schema=ANSWERS, orient="row")
+    # What is asked is the answer's: the sample names all that it asks.
+    rows = [{"model": model} | vars(sample) | vars(found.key) | vars(found) for found in said]
+    table = [tuple(row[name] for name in ANSWERS) for row in rows]
+    return pl.DataFrame(table, schema=ANSWERS, orient="row")
 
 
 def cost_table(model: str, sample: Sample, costs: Sequence[Costs], layer_numbers: Sequence[int]) -> pl.DataFrame:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError, one_line
-from pipeline.eviction.baselines.base import OBSERVED_QUERIES, OWN, Baseline, LayerCache
-from pipeline.eviction.scorer import press_scores
+from pipeline.eviction.baselines.base import OBSERVED_QUERIES, OWN, Baseline, LayerCache, press_scores
 from pipeline.models.layers import ModelLayer
 from pipeline.section import validate
 

@@ -52,10 +52,7 @@ def attention_function(model: PreTrainedModel, function: AttentionFunction, name
 def attention_implementation(model: PreTrainedModel, name: str) -> Iterator[None]:
     """Run ``model`` with the attention registered under ``name`` ("eager", "sdpa"), and go back afterwards.
 
-    Raises
-    ------
-    PipelineError
-        As for :func:`attention_function`.
+    Raises as :func:`attention_function`.
     """
     text = model.config.get_text_config(decoder=True)
     previous = text._attn_implementation

@@ -14,13 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, modeling_gguf_pytorch_utils
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.errors import PipelineError, one_line
 from pipeline.files import atomic_write, disk_errors, remove, write_json
 from pipeline.models.gguf import sentencepiece_tokenizer
 from pipeline.models.load import quiet, require_weights, some
+
+_loader: Any = modeling_gguf_pytorch_utils  # untyped
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SOURCE_FILE = "source.json"
@@ -219,12 +222,9 @@ def _refuse_part(source: Path, reader: Any) -> None:
 
 def _unused(reader: Any, model: PreTrainedModel) -> list[str]:
     """Tensors of a GGUF file that transformers gives to no weight of the model."""
-    from transformers import modeling_gguf_pytorch_utils
-
-    loader: Any = modeling_gguf_pytorch_utils  # untyped
     architecture = reader.get_field("general.architecture").contents()
-    processor = loader.TENSOR_PROCESSORS.get(architecture, loader.TensorProcessor)(config=model.config.to_dict())
-    taken = set(loader.get_gguf_hf_weights_map(model, processor))
+    processor = _loader.TENSOR_PROCESSORS.get(architecture, _loader.TensorProcessor)(config=model.config.to_dict())
+    taken = set(_loader.get_gguf_hf_weights_map(model, processor))
     if architecture == "gpt2":
         taken.add("output.weight")  # which its processor takes by itself
     # Experts are one parameter, which has no suffix.
@@ -233,11 +233,8 @@ def _unused(reader: Any, model: PreTrainedModel) -> list[str]:
 
 def _unread_keys(reader: Any, model: PreTrainedModel) -> list[str]:
     """Keys of a GGUF file that describe the computation and that transformers does not read."""
-    from transformers import modeling_gguf_pytorch_utils
-
-    loader: Any = modeling_gguf_pytorch_utils  # untyped
     architecture = reader.get_field("general.architecture").contents()
-    known: dict[str, Any] = loader.GGUF_TO_TRANSFORMERS_MAPPING["config"]
+    known: dict[str, Any] = _loader.GGUF_TO_TRANSFORMERS_MAPPING["config"]
     read = known.get(architecture, known.get(model.config.model_type, {}))
     config = model.config
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -262,8 +259,6 @@ def _unread_keys(reader: Any, model: PreTrainedModel) -> list[str]:
 
 def _take_llama3_rope(reader: Any, model: PreTrainedModel) -> bool:
     """Set Llama 3's scaling of positions where a GGUF file's factors are exactly its; returns whether they are."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     stored = next(np.asarray(t.data, np.float32) for t in reader.tensors if t.name == "rope_freqs.weight")
     before = dict(model.config.rope_parameters)
     plain = 1.0 / before["rope_theta"] ** (torch.arange(0, 2 * len(stored), 2, dtype=torch.float32) / (2 * len(stored)))

@@ -63,11 +63,8 @@ def read_tables(paths: Iterable[Path], columns: Iterable[str]) -> pl.DataFrame:
 def read_curves(paths: Mapping[tuple[str, str, str], Path]) -> pl.DataFrame:
     """Training curves of policies, by model, trained_on and estimator, which become columns."""
     return pl.concat(
-        read_table(path, CURVES).select(
-            pl.lit(model).alias("model"),
-            pl.lit(trained_on).alias("trained_on"),
-            pl.lit(estimator).alias("estimator"),
-            pl.all(),
+        read_table(path, CURVES).with_columns(
+            model=pl.lit(model), trained_on=pl.lit(trained_on), estimator=pl.lit(estimator)
         )
         for (model, trained_on, estimator), path in paths.items()
     )

@@ -118,16 +118,13 @@ def page_block(texts: Sequence[Text], run: Run) -> dict[str, Any]:
     ``PAGE_BYTES``, evenly spaced ones are offered, and those of the figures.
     """
     block = []
-    windows = [text.window(PAGE) for text in texts]
-    per_layer = sum(
-        len(window) * len(text.kv_heads) * (len(text.ranks) + 2) for text, window in zip(texts, windows, strict=True)
-    )
-    for text, window in zip(texts, windows, strict=True):
+    per_layer = sum(len(text.window(PAGE)) * len(text.kv_heads) * (len(text.ranks) + 2) for text in texts)
+    for text in texts:
+        window = text.window(PAGE)
         n, part = len(text.tokens), slice(window.start, window.stop)
         example, kv_head = example_head(text.layers, text.kv_heads, run.report)
-        shown = sorted(
-            {*figure_layers(text, run.report)}.union(evenly_spaced(text.layers, max(2, PAGE_BYTES // per_layer)))
-        )
+        spread = evenly_spaced(text.layers, max(2, PAGE_BYTES // per_layer))
+        shown = sorted({*figure_layers(text, run.report), *spread})
         rows = [text.layers.index(layer) for layer in shown]
         ranks = np.stack([levels(ranks[rows, :, part], n) for ranks in text.ranks.values()])
         importance = text.importance[rows, :, part].astype("<f4").view("<u4") >> 16

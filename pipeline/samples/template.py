@@ -146,13 +146,7 @@ def _render(tokenizer: Any, messages: Sequence[dict[str, str]], header: bool) ->
 
 @functools.lru_cache(maxsize=8)
 def _inspect(tokenizer: Any, template: str) -> str:
-    """The gap that a template leaves before a reply; ``template`` is there for the cache, a tokenizer's may change.
-
-    Raises
-    ------
-    PipelineError
-        See :func:`template_settings`.
-    """
+    """The gap that a template leaves before a reply; ``template`` is there for the cache, a tokenizer's may change."""
     gap = ""
     for turns in _PROBES:
         prompt = _apply(tokenizer, turns, True)

@@ -22,8 +22,7 @@ def encode(tokenizer: Any, text: str, templated: bool = True) -> list[int]:
     templated
         Whether the text went through the chat template, where the tokenizer has one.
     """
-    ids: list[int] = _tokenized(tokenizer, text, templated).input_ids
-    return ids[: len(ids) - _appended(tokenizer, templated)]
+    return _tokenized(tokenizer, text, templated)[0]
 
 
 def encode_pair(
@@ -89,13 +88,12 @@ def first_token_after(tokenizer: Any, text: str, character: int, templated: bool
         The tokenizer does not know which characters its tokens stand for.
     """
     try:
-        encoding = _tokenized(tokenizer, text, templated, return_offsets_mapping=True)
+        ids, encoding = _tokenized(tokenizer, text, templated, return_offsets_mapping=True)
     except NotImplementedError:  # tokenizers written in Python
         raise PipelineError(
             f"{tokenizer_name(tokenizer)}: this tokenizer does not say where its tokens begin; it needs a "
             "tokenizer.json."
         ) from None
-    ids = encoding.input_ids[: len(encoding.input_ids) - _appended(tokenizer, templated)]
     # Ends, not starts: a byte-level tokenizer leaves the space before a word out of its offsets.
     ends = [end for _, end in encoding.offset_mapping[: len(ids)]]
     index = next((index for index, end in enumerate(ends) if end > character), len(ends))
@@ -114,21 +112,17 @@ def tokenizer_name(tokenizer: Any) -> str:
     return str(tokenizer.name_or_path or "the tokenizer")
 
 
-def _tokenized(tokenizer: Any, text: str, templated: bool, **options: bool) -> Any:
-    return tokenizer(text, add_special_tokens=_adds_special(tokenizer, templated), **options)
-
-
-def _adds_special(tokenizer: Any, templated: bool) -> bool:
-    return not (templated and tokenizer.chat_template)
-
-
-def _appended(tokenizer: Any, templated: bool) -> int:
-    """How many tokens a tokenizer puts behind every text."""
-    return _appended_to_any(tokenizer) if _adds_special(tokenizer, templated) else 0
+def _tokenized(tokenizer: Any, text: str, templated: bool, **options: bool) -> tuple[list[int], Any]:
+    """Token ids of a text that goes on, and all that the tokenizer says of it."""
+    special = not (templated and tokenizer.chat_template)
+    encoding = tokenizer(text, add_special_tokens=special, **options)
+    ids: list[int] = encoding.input_ids
+    return ids[: len(ids) - _appended(tokenizer)] if special else ids, encoding
 
 
 @functools.lru_cache(maxsize=8)
-def _appended_to_any(tokenizer: Any) -> int:
+def _appended(tokenizer: Any) -> int:
+    """How many tokens a tokenizer puts behind every text."""
     # A small vocabulary may know few words.
     for text in ("17", "a", *itertools.islice(tokenizer.get_vocab(), 1000)):
         plain, whole = (tokenizer(text, add_special_tokens=special).input_ids for special in (False, True))

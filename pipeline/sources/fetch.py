@@ -217,14 +217,7 @@ def _fetch_hub(source: PinnedUri, rest: str, cache: Path) -> Path:
 
 def _hub_download(source: PinnedUri, repository: str, member: str, partial: Path) -> None:
     import httpx
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
     # The URI does not say whether it names a model or a data set; the hub keeps them apart.
     for kind in ("model", "dataset"):
@@ -238,15 +231,15 @@ def _hub_download(source: PinnedUri, repository: str, member: str, partial: Path
                 ignore_patterns=None if member else _UNUSED_HUB_FILES,
             )
             break
-        except GatedRepoError:
+        except errors.GatedRepoError:
             raise PipelineError(
                 f"{source.uri} is gated; accept its terms on the hub and log in with `hf auth login`."
             ) from None
-        except RevisionNotFoundError:
+        except errors.RevisionNotFoundError:
             raise PipelineError(f"{source.uri} has no revision {source.revision}; correct it in params.yaml.") from None
-        except RepositoryNotFoundError:
+        except errors.RepositoryNotFoundError:
             continue
-        except (LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, ConnectionError) as error:
+        except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, httpx.HTTPError, ConnectionError) as error:
             raise PipelineError(
                 f"{source.uri}: the hub cannot be reached ({type(error).__name__}); check the network, set HF_ENDPOINT "
                 "to a mirror, or download it elsewhere and use a file: source."

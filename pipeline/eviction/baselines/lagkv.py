@@ -2,8 +2,7 @@
 
 from torch import Tensor
 
-from pipeline.eviction.baselines.base import LayerCache, OwnBaseline
-from pipeline.eviction.scorer import press_scores
+from pipeline.eviction.baselines.base import LayerCache, OwnBaseline, press_scores
 
 
 class LagKV(OwnBaseline):
