@@ -66,10 +66,7 @@ class Closure:
 def closure(start: str, entries: Mapping[str, tuple[str, ...]] | None = None, root: Path = ROOT) -> Closure:
     """All that running ``start``, a path relative to ``root``, may import of this project and of libraries.
 
-    Parameters
-    ----------
-    entries
-        As in :class:`Code`; an empty tuple leaves the files of a folder out.
+    ``entries`` are as in :class:`Code`; an empty tuple leaves the files of a folder out.
     """
     files: set[str] = set()
     registries: set[str] = set()

@@ -110,26 +110,23 @@ def check_params(tree: dict[str, Any], path: Path = PARAMS) -> Params:
             )
         return section(f"estimators.{name}", ESTIMATORS.load(name))
 
-    def baseline(name: str) -> Baseline:
-        found = section(f"baselines.{name}", Baseline)
-        if found.own is not None:
-            validate(found.options, OWN.load(found.own), f"baselines.{name}.options", path)
-        return found
-
     params = Params(
         profile=section("profile", FileStem),
         matrix=section("matrix", MatrixParams),
-        sources=entries("sources", lambda name: section(f"sources.{name}", SourceParams)),
-        models=entries("models", lambda name: section(f"models.{name}", ModelParams)),
+        sources=section("sources", dict[Name, SourceParams]),
+        models=section("models", dict[Name, ModelParams]),
         benchmarks=entries("benchmarks", benchmark),
         traces=section("traces", TracesParams),
         train=section("train", TrainParams),
         estimators=entries("estimators", estimator),
         evaluation=section("evaluation", EvaluationParams),
-        baselines=entries("baselines", baseline),
+        baselines=section("baselines", dict[Name, Baseline]),
         texts=section("texts", TextsParams),
         report=section("report", ReportParams),
     )
+    for name, baseline in params.baselines.items():
+        if baseline.own is not None:
+            validate(baseline.options, OWN.load(baseline.own), f"baselines.{name}.options", path)
     for problem in (
         _names_that_do_not_exist,
         _seen_but_not_cached,

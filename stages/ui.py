@@ -21,8 +21,7 @@ def main(port: Annotated[int, typer.Option(help="Port on this computer.", min=1,
     if not lines:
         raise PipelineError(f"MLflow at {shown_uri(uri)} has no runs yet; run make repro, or python -m stages.track.")
     typer.echo("Open in a browser:", err=True)
-    for line in lines:
-        typer.echo(line, err=True)
+    typer.echo("\n".join(lines), err=True)
     if uri.startswith("http"):
         return  # its server is running
     sys.stderr.flush()

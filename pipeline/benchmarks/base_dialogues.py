@@ -48,10 +48,8 @@ class ComposedDialogues(Benchmark):
     ) -> dict[Split, list[Sample]]:
         """Of each split's candidates, in an order that the seed decides, the first that can be composed.
 
-        Parameters
-        ----------
-        compose
-            Makes a sample of a split from all of its candidates and the one whose last reply is to be predicted.
+        ``compose`` makes a sample of a split from all of its candidates and the one whose last reply is to be
+        predicted.
 
         Raises
         ------

@@ -33,10 +33,7 @@ def read_answers(path: Path) -> pl.DataFrame:
 def score_answers(benchmark: Benchmark, samples: Sequence[Sample], answers: pl.DataFrame) -> pl.DataFrame:
     """The columns of ``EVALUATION`` (``pipeline/tables.py``) for the columns of ``ANSWERS``, in their order.
 
-    Parameters
-    ----------
-    samples
-        The test samples that were answered.
+    ``samples`` are the test samples that were answered.
 
     Raises
     ------

@@ -71,10 +71,7 @@ def token_table(
 ) -> pl.DataFrame:
     """Rows of tokens.parquet for one sample of n context tokens: policies x layers x kv_heads x n.
 
-    Parameters
-    ----------
-    layers
-        The model's numbers of the ranked layers (``pipeline/models/layers.py``).
+    ``layers`` are the model's numbers of the ranked layers (``pipeline/models/layers.py``).
 
     Returns
     -------

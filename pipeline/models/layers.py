@@ -39,10 +39,7 @@ def full_attention_layers(config: "PretrainedConfig") -> tuple[ModelLayer, ...]:
 def readable_tokens(value_of: Callable[[str], Any]) -> int | None:
     """Length of the longest text that a model was made for, None where its config does not say.
 
-    Parameters
-    ----------
-    value_of
-        Looks a key of the config's language part up; None where there is none.
+    ``value_of`` looks a key of the config's language part up; None where there is none.
 
     Raises
     ------

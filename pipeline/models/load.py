@@ -48,10 +48,8 @@ def load_model(directory: Path, dtype: str, device: str) -> PreTrainedModel:
 def require_weights(source: Path, report: Mapping[str, Any]) -> None:
     """Refuse a model that transformers has filled with random numbers, or that left weights of its files unused.
 
-    Parameters
-    ----------
-    report
-        What ``from_pretrained(..., output_loading_info=True)`` says; weights tied to others do not count as missing.
+    ``report`` is what ``from_pretrained(..., output_loading_info=True)`` says; weights tied to others do not count as
+    missing.
 
     Raises
     ------

@@ -1,7 +1,7 @@
 """Result tables and records, read and held to what is asked of them. It knows no folder and no policy."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,8 @@ def read_table(path: Path, columns: Iterable[str]) -> pl.DataFrame:
     return table
 
 
-def read_tables(paths: Iterable[Path], columns: Iterable[str]) -> pl.DataFrame:
+def read_tables(paths: Iterable[Path], columns: Collection[str]) -> pl.DataFrame:
     """Tables one below the other; raises as :func:`read_table`."""
-    columns = tuple(columns)
     return pl.concat((read_table(path, columns) for path in paths), how="vertical_relaxed")
 
 

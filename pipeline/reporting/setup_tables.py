@@ -19,12 +19,8 @@ Records = Mapping[str, Mapping[str, Any]]
 def setup_tables(run: Run, evaluated: Mapping[str, int], prompts: pl.DataFrame, recorded: Records) -> list[Table]:
     """Models, data, settings and prompts.
 
-    Parameters
-    ----------
-    evaluated
-        Test samples of each benchmark that have results.
-    prompts
-        From :func:`pipeline.reporting.read.read_prompts`.
+    ``evaluated`` are the test samples of each benchmark that have results, ``prompts`` come from
+    :func:`pipeline.reporting.read.read_prompts`.
     """
     models = [
         (name, _uri(recorded.get(f"model {name}", {})), run.models[name].dtype, _verdict(recorded.get(f"check {name}")))

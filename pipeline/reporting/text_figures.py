@@ -73,7 +73,6 @@ def draw_panels(
         Width of a letter in pixels. A whole number: renderers round it, and letters would leave their boxes.
     """
     size = advance / ADVANCE * 72 / DPI  # points
-    pairs = list(pairs)
     width, gap, margin = 10.8, 0.3, 0.15  # inches
     panel = (width - gap * (columns - 1)) / columns
     letter, line = ADVANCE * size / 72, LINE * size / 72

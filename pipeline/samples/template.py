@@ -129,12 +129,7 @@ def encode_reply(
 ) -> tuple[tuple[int, ...], int]:
     """Token ids of a dialogue with the reply to its last turn, and how many come before the reply.
 
-    Parameters
-    ----------
-    messages
-        Alternating turns, the last a user's.
-    end
-        From :func:`end_of_turn`.
+    ``messages`` are alternating turns, the last a user's; ``end`` comes from :func:`end_of_turn`.
     """
     return encode_pair(tokenizer, chat_prompt(tokenizer, messages), f"{reply_gap(tokenizer)}{reply}", end)
 

@@ -15,12 +15,8 @@ def encode(tokenizer: Any, text: str, templated: bool = True) -> list[int]:
     """Token ids of a text that goes on.
 
     Special tokens are put in front only where no chat template has written them; those that a tokenizer appends,
-    such as an end of sequence, are left out: they would stand between a prompt and its continuation.
-
-    Parameters
-    ----------
-    templated
-        Whether the text went through the chat template, where the tokenizer has one.
+    such as an end of sequence, are left out: they would stand between a prompt and its continuation. ``templated``
+    says whether the text went through the chat template, where the tokenizer has one.
     """
     return _tokenized(tokenizer, text, templated)[0]
 

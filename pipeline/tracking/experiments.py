@@ -146,10 +146,7 @@ def page(base: str, identifier: str, charts: bool = False, search: str = "") -> 
 def links(base: str) -> list[str]:
     """A line with an address for each thing to look at, of the experiments that there are.
 
-    Parameters
-    ----------
-    base
-        Address of a server of this database (:func:`server_address`).
+    ``base`` is the address of a server of this database (:func:`server_address`).
 
     Raises
     ------

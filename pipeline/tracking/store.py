@@ -41,12 +41,8 @@ def connect(patience: float | None = None) -> "Iterator[MlflowClient]":
     """A client on a ready database, for one process at a time and for a bounded time.
 
     The lock serves three ends: two processes creating the schema crash each other, one process must
-    not take a run that another is still logging for an interrupted one, and SQLite has one writer.
-
-    Parameters
-    ----------
-    patience
-        Seconds after which it gives up, ``PATIENCE`` where none are given.
+    not take a run that another is still logging for an interrupted one, and SQLite has one writer. After ``patience``
+    seconds it gives up, ``PATIENCE`` where none are given.
 
     Raises
     ------

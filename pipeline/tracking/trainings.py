@@ -41,10 +41,7 @@ def log_finished_training(policy_dir: Path) -> None:
 def log_training(policy_dir: Path) -> str:
     """Log one training: a run with curves over heads, and in an experiment beside it a run for each head.
 
-    Parameters
-    ----------
-    policy_dir
-        A finished policy: config.json, curves.parquet, README.md.
+    ``policy_dir`` is a finished policy: config.json, curves.parquet, README.md.
 
     Returns
     -------
