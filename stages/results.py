@@ -38,9 +38,8 @@ def main() -> None:
             frame.write_parquet(temporary)
     write_json(work / _paths.METRICS / "scores.json", summaries.score_metrics(scores))
     write_json(work / _paths.METRICS / "cost.json", summaries.cost_metrics(costs))
-    write_json(
-        work / _paths.METRICS / "training.json", summaries.training_metrics(training, aggregate.steps_table(training))
-    )
+    trained = summaries.training_metrics(training, aggregate.steps_table(training))
+    write_json(work / _paths.METRICS / "training.json", trained)
     plots = {
         "accuracy_vs_budget": summaries.score_plot(scores, "accuracy", styles),
         "perplexity_vs_budget": summaries.score_plot(scores, "perplexity", styles),

@@ -10,7 +10,6 @@ changes no score, because only its first line counts.
 import json
 import random
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -51,13 +50,7 @@ class Task:
 
 # Only the first line of these texts counts: a model goes on with a further example.
 FIRST_LINE_TASKS = ("trec", "triviaqa", "samsum")
-_METRICS: dict[str, Callable[[str, str], float]] = {
-    "rouge_l": rouge_l,
-    "qa_f1": qa_f1,
-    "retrieval": retrieval,
-    "count": count,
-    "code_similarity": code_similarity,
-}
+_METRICS = {metric.__name__: metric for metric in (rouge_l, qa_f1, retrieval, count, code_similarity)}
 
 _PASSAGES = (
     "Answer the question based on the given passages. Only give me the answer and do not output any other words.\n"

@@ -5,7 +5,7 @@ so that every predicted token, the first included, comes from what is left. A la
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -38,10 +38,6 @@ class Said:
     text: str | None
     nll: tuple[float, ...]
     n_tokens: int
-
-    def of(self, key: PolicyKey, budget: int) -> "Said":
-        """The same, said by another pair."""
-        return replace(self, key=key, budget=budget)
 
 
 def reserve(sample: Sample) -> int:
@@ -81,13 +77,10 @@ def ask(
         return decoded
 
     def is_finished(tokens: list[int]) -> bool:
-        return tokens[-1] in end_tokens or (bool(sample.enough) and _is_enough(sample, text(tokens)))
+        written = text(tokens).lower() if sample.enough else ""
+        enough = (all(part.lower() in written for part in group) for group in sample.enough)
+        return tokens[-1] in end_tokens or any(enough)
 
     generated = greedy_decode(model, cache, first_tokens, last, sample.max_new_tokens, is_finished)
     for (key, budget), tokens in zip(rows, generated, strict=True):
         yield Said(key, budget, "text", text(tokens), (), len(tokens))
-
-
-def _is_enough(sample: Sample, text: str) -> bool:
-    written = text.lower()
-    return any(all(part.lower() in written for part in group) for group in sample.enough)

@@ -5,7 +5,7 @@ reads and writes no files.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -101,7 +101,7 @@ class Sweep:
         said = list(ask(sample, cache, rows, self.model, self.tokenizer, self.end_tokens))
         said += [
             # Where nothing is evicted, every policy is the plain model: that row was run once.
-            found.of(key, budget)
+            replace(found, key=key, budget=budget)
             for budget in self.budgets
             if budget >= n
             for key in rankings
