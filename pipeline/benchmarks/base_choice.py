@@ -76,14 +76,14 @@ class MultipleChoice(Benchmark):
     normalised: ClassVar[bool] = False
     """Whether log-likelihoods are divided by the characters of their choice."""
     form: ClassVar[type[RowModel]] = PlainRow
-    """The columns of ``repository``."""
+    """What every row must hold, where :meth:`columns` does not tell rows apart."""
 
     late_question: bool
     sizes: EvaluationSize
 
     @classmethod
     def columns(cls, row: Row) -> type[RowModel]:
-        """What a row must hold: :attr:`form`, or a plain form where the benchmark takes that too.
+        """What a row must hold: the columns of ``repository``, or a plain form.
 
         That has ``choices`` as a list and ``answer`` as an index counted from 0 or as the choice's letter.
         """
