@@ -98,10 +98,8 @@ class MultipleChoice(Benchmark):
     def read_rows(cls, source: Path) -> Iterator[tuple[Row, Question]]:
         """All rows of a source, in its order, every value as what it stands for, and the questions they ask.
 
-        Parameters
-        ----------
-        source
-            A ``.parquet``, ``.jsonl`` or ``.jsonl.gz`` file, or a directory laid out like the hub's repository.
+        ``source`` is a ``.parquet``, ``.jsonl`` or ``.jsonl.gz`` file, or a directory laid out like the hub's
+        repository.
 
         Raises
         ------

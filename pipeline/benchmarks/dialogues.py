@@ -152,10 +152,7 @@ class Dialogues(ComposedDialogues):
 def read_documents(root: Path) -> tuple[dict[str, list[str]], list[dict[str, Any]]]:
     """The passages by domain and the rows of the source.
 
-    Parameters
-    ----------
-    root
-        An unpacked nvidia-lm-eval wheel, or a directory with the two files.
+    ``root`` is an unpacked nvidia-lm-eval wheel, or a directory with the two files.
 
     Raises
     ------

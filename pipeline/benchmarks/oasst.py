@@ -127,11 +127,8 @@ class Oasst(ComposedDialogues):
 def read_messages(source: Path) -> list[dict[str, Any]]:
     """The messages of a source, trees unfolded.
 
-    Parameters
-    ----------
-    source
-        A ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file of messages or trees, or a directory laid out like
-        the hub's repository: ``data/*.parquet``, else ``*_ready.messages.jsonl.gz``.
+    ``source`` is a ``.jsonl``, ``.jsonl.gz`` or ``.parquet`` file of messages or trees, or a directory laid out like
+    the hub's repository: ``data/*.parquet``, else ``*_ready.messages.jsonl.gz``.
 
     Raises
     ------

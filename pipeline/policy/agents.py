@@ -187,10 +187,7 @@ class Policy(nn.Module):
 def run_agents(weights: Sequence[Tensor], biases: Sequence[Tensor], inputs: Tensor) -> Tensor:
     """Scores of some agents, (heads, n, inputs) -> (heads, n).
 
-    Parameters
-    ----------
-    weights, biases
-        (heads, fan_in, fan_out) and (heads, 1, fan_out), layer by layer.
+    ``weights`` and ``biases`` are (heads, fan_in, fan_out) and (heads, 1, fan_out), layer by layer.
     """
     hidden, last = inputs, len(weights) - 1
     for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
