@@ -108,22 +108,22 @@ def smollm2(default_params: Params) -> Path:
     return out
 
 
-@pytest.fixture
-def with_bos(tmp_path: Path, smollm2: Path) -> Path:
+@pytest.fixture(scope="session")
+def with_bos(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     """The same, with a tokenizer that puts ``<|im_start|>`` before any text, as Gemma's does with its own."""
-    return _with_template(smollm2, tmp_path / "with_bos", "<|im_start|> $A")
+    return _with_template(smollm2, tmp_path_factory.mktemp("with_bos"), "<|im_start|> $A")
 
 
-@pytest.fixture
-def without_bos(tmp_path: Path, smollm2: Path) -> Path:
+@pytest.fixture(scope="session")
+def without_bos(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     """The same, with a tokenizer that puts nothing before a text, as Qwen's."""
-    return _with_template(smollm2, tmp_path / "without_bos", "$A")
+    return _with_template(smollm2, tmp_path_factory.mktemp("without_bos"), "$A")
 
 
-@pytest.fixture
-def base_model(tmp_path: Path, smollm2: Path) -> Path:
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     """The same as a base model, which has no chat template and puts ``<|im_start|>`` before any text."""
-    return _with_template(smollm2, tmp_path / "base_model", "<|im_start|> $A", chat=False)
+    return _with_template(smollm2, tmp_path_factory.mktemp("base_model"), "<|im_start|> $A", chat=False)
 
 
 def _with_template(model: Path, out: Path, single: str, chat: bool = True) -> Path:

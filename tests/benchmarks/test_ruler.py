@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from pipeline.benchmarks.base import Answer, Sizes
 from pipeline.benchmarks.ruler import TASKS, Ruler, split_answer_prefix, true_continuation
@@ -17,7 +16,7 @@ from pipeline.ruler import splits
 from pipeline.ruler.splits import units
 from pipeline.ruler.wheel import Task, read_tasks
 from pipeline.samples.sample import SPLITS, Sample
-from tests.benchmarks.making import build
+from tests.benchmarks.making import build, tokenizer_of
 
 ANSWERS = {
     "niah_single_1": [" 1234567", ("1234567",)],
@@ -54,7 +53,7 @@ def samples(
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm2: Path) -> Any:
-    return AutoTokenizer.from_pretrained(smollm2)
+    return tokenizer_of(smollm2)
 
 
 def prompt(tokenizer: Any, sample: Sample) -> str:
