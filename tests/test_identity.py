@@ -4,8 +4,6 @@ Nothing is computed: every output is a file of a few bytes, which ``dvc commit``
 """
 
 import contextlib
-import copy
-import functools
 import json
 import os
 import shutil
@@ -18,9 +16,9 @@ from unittest.mock import patch
 
 import pytest
 from dvc.repo import Repo
-from dvc.utils import strictyaml
-from dvc.utils.serialize import _yaml
 from ruamel.yaml import YAML
+
+pytestmark = pytest.mark.usefixtures("dvc_parses_once")
 
 REPOSITORY = Path(__file__).parents[1]
 M = "smollm2-135m"
@@ -79,18 +77,6 @@ def dvc_resolved(directory: Path) -> str:
         [sys.executable, "-c", command], cwd=directory, env=ENVIRONMENT, capture_output=True, text=True, check=True
     )
     return done.stdout
-
-
-@pytest.fixture(scope="module", autouse=True)
-def each_text_is_parsed_once() -> Iterator[None]:
-    """DVC parses params.yaml anew for every stage and dvc.lock for every call, which is most of what it does here."""
-    parse = functools.lru_cache(_yaml.parse_yaml)
-
-    def parse_once(*args: Any, **options: Any) -> Any:
-        return copy.deepcopy(parse(*args, **options))
-
-    with patch.object(_yaml, "parse_yaml", parse_once), patch.object(strictyaml, "parse_yaml", parse_once):
-        yield
 
 
 def due(directory: Path) -> set[str]:
