@@ -2,6 +2,7 @@
 
 A process of its own spends seconds on imports. In this one the same file is run as the main program, down to its exit:
 what is left out is what only a process has, such as signals, its environment, and which modules come with ``--help``.
+The lock on a stage's work is given back when a process ends, so here it stays.
 """
 
 import contextlib
