@@ -173,7 +173,8 @@ def test_a_base_model_s_dialogues_are_transcripts(tmp_path: Path, base_model: Pa
     ],
 )
 def test_too_few_threads_is_one_sentence(changes: dict[str, Any], message: str, tmp_path: Path, smollm2: Path) -> None:
-    source = write(tmp_path / "messages.jsonl", ROWS)
+    # Of 14 trees, since each is tried with all the others.
+    source = write(tmp_path / "messages.jsonl", [row for number in range(14) for row in tree(number)])
     with pytest.raises(PipelineError, match=message):
         build(params(**changes), source, smollm2, "oasst2")
 
