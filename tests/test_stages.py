@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.profiles import render
+from pipeline.profiles import Profile, render
 from tests.commands import ENVIRONMENT, in_a_process, in_this_process
 
 REPOSITORY = Path(__file__).parent.parent
@@ -37,10 +37,15 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 OF_A_PROCESS = ("track", "ui")
 
 
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    return render("ci", REPOSITORY / "profiles")
+
+
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:
+def directory(profile: Profile, tmp_path: Path) -> Path:
     """A folder with a params.yaml and nothing that a stage could read."""
-    (tmp_path / "params.yaml").write_text(render("ci", REPOSITORY / "profiles").params)
+    (tmp_path / "params.yaml").write_text(profile.params)
     return tmp_path
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.profiles import render
+from pipeline.profiles import Profile, render
 from tests.commands import in_a_process, in_this_process
 
 REPOSITORY = Path(__file__).parents[2]
@@ -20,10 +20,14 @@ COMMANDS: dict[tuple[str, ...], tuple[str, ...]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    return render("ci", REPOSITORY / "profiles")
+
+
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:
+def directory(profile: Profile, tmp_path: Path) -> Path:
     """A folder with parameters and nothing that a study could read."""
-    profile = render("ci", REPOSITORY / "profiles")
     (tmp_path / "params.yaml").write_text(profile.params)
     (tmp_path / "studies").mkdir()
     (tmp_path / "studies/params.yaml").write_text(profile.studies)
