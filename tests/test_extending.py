@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.profiles import render
+
 REPOSITORY = Path(__file__).parents[1]
 GUIDE = (REPOSITORY / "docs/EXTENDING.md").read_text()
 DIFFS = dict(
@@ -95,11 +97,7 @@ def copy(tmp_path: Path) -> Path:
     for name in ("pipeline", "profiles"):
         shutil.copytree(REPOSITORY / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
     # The committed one, whatever profile this checkout runs at present.
-    committed = subprocess.run(
-        [sys.executable, "-c", "from pipeline.profiles import render; print(render('default').params, end='')"],
-        cwd=directory, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    (directory / "params.yaml").write_text(committed.stdout)
+    (directory / "params.yaml").write_text(render("default", directory / "profiles").params)
     return directory
 
 

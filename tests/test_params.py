@@ -1,5 +1,6 @@
 """A params file with a mistake gives one sentence that names the file and the key."""
 
+import copy
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from pipeline.params import load_params
 from pipeline.profiles import render
 
 PROFILE = render("ci", Path(__file__).parent.parent / "profiles").params
+CONTENT: dict[str, Any] = YAML(typ="safe").load(PROFILE)
 Edit = Callable[[dict[str, Any]], None]
 
 
@@ -70,7 +72,7 @@ CHOICE = {
 
 
 def edited(path: Path, edit: Edit) -> Path:
-    content = YAML(typ="safe").load(PROFILE)
+    content = copy.deepcopy(CONTENT)
     edit(content)
     with path.open("w") as stream:
         YAML(typ="safe").dump(content, stream)
@@ -281,7 +283,7 @@ def test_the_unedited_file_is_valid(tmp_path: Path) -> None:
 
 def two_models(path: Path, name: str) -> Path:
     """A file whose models are the profile's, ``name`` and one whose name begins like that."""
-    entry = next(iter(YAML(typ="safe").load(PROFILE)["models"].values())) | {"dtype": "bfloat16"}
+    entry = next(iter(CONTENT["models"].values())) | {"dtype": "bfloat16"}
     return edited(path, lambda content: content["models"].update({name: entry, f"{name}-": entry}))
 
 

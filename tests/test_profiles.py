@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from pipeline.errors import PipelineError
 from pipeline.params import check_params, load_params
 from pipeline.profiles import changes, differences, is_hand_made, known_profiles, render
 from pipeline.section import parse, parse_text
+from tests.commands import in_this_process
 
 REPOSITORY = Path(__file__).parent.parent
 FOLDER = REPOSITORY / "profiles"
@@ -74,6 +74,7 @@ def test_comments_are_kept(name: str) -> None:
         assert comment in text
 
 
+@pytest.mark.usefixtures("dvc_parses_once")
 @pytest.mark.parametrize("name", PROFILES)
 def test_dvc_finds_every_key_that_its_stages_name(name: str, tmp_path: Path) -> None:
     (tmp_path / "studies").mkdir()
@@ -153,8 +154,7 @@ def test_every_change_is_named(tmp_path: Path) -> None:
 
 
 def profile(project: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "stages.profile", *arguments]
-    return subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
+    return in_this_process(project, "stages.profile", *arguments)
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The command lines as a user meets them: help at once, one sentence for a mistake, nothing half-written."""
 
-import os
 import re
 import signal
 import subprocess
@@ -9,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.profiles import render
+from pipeline.profiles import Profile, render
+from tests.commands import ENVIRONMENT, in_a_process, in_this_process
 
 REPOSITORY = Path(__file__).parent.parent
 MODEL = ("--model", "smollm2-135m")
@@ -33,32 +33,25 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "profile": ("ci",),
     "deps": (),
 }
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(REPOSITORY),
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-}
+# MLflow keeps, for its process, the database that it opened first.
+OF_A_PROCESS = ("track", "ui")
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    return render("ci", REPOSITORY / "profiles")
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:
+def directory(profile: Profile, tmp_path: Path) -> Path:
     """A folder with a params.yaml and nothing that a stage could read."""
-    (tmp_path / "params.yaml").write_text(render("ci", REPOSITORY / "profiles").params)
+    (tmp_path / "params.yaml").write_text(profile.params)
     return tmp_path
 
 
-def stage(
-    directory: Path, name: str, *arguments: str, python: tuple[str, ...] = ()
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *python, "-m", f"stages.{name}", *arguments],
-        cwd=directory,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def stage(directory: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    where = in_a_process if name in OF_A_PROCESS else in_this_process
+    return where(directory, f"stages.{name}", *arguments)
 
 
 def heed_ctrl_c() -> None:
@@ -83,7 +76,7 @@ def test_every_stage_is_tested() -> None:
 
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_help_comes_without_the_heavy_imports(name: str, directory: Path) -> None:
-    done = stage(directory, name, "--help", python=("-X", "importtime"))
+    done = in_a_process(directory, f"stages.{name}", "--help", python=("-X", "importtime"))
     assert done.returncode == 0
     assert "Usage" in done.stdout
     assert all(option in done.stdout for option in ARGUMENTS[name][::2] if option.startswith("--"))
@@ -164,7 +157,7 @@ def test_a_device_that_is_not_there_is_one_sentence(name: str, device: str, dire
 
 def test_a_folder_without_params_is_one_sentence(directory: Path) -> None:
     (directory / "params.yaml").rename(directory / "other.yaml")
-    done = stage(directory, "model", *MODEL)
+    done = in_a_process(directory, "stages.model", *MODEL)
     (directory / "other.yaml").rename(directory / "params.yaml")
     assert_one_sentence(done, r"params\.yaml does not exist; run from the repository root", directory)
 

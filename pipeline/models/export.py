@@ -182,7 +182,7 @@ def _export_gguf(source: Path, out: Path) -> None:
         quiet()
         reader = GGUFReader(source)
         _refuse_part(source, reader)
-        rebuilt = sentencepiece_tokenizer(source)
+        rebuilt = sentencepiece_tokenizer(reader)
         tokenizer = rebuilt or AutoTokenizer.from_pretrained(
             source.parent, gguf_file=source.name, trust_remote_code=False
         )

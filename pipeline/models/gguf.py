@@ -6,7 +6,6 @@ equals first, until none are left; what is no piece becomes bytes. Transformers 
 model instead, which splits text into far more tokens than the model was trained on.
 """
 
-from pathlib import Path
 from typing import Any
 
 from gguf import GGUFReader, TokenType
@@ -15,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges
 
 
-def sentencepiece_tokenizer(gguf: Path) -> PreTrainedTokenizerFast | None:
-    """Rebuild the tokenizer of a GGUF file from its pieces, their scores and their types.
+def sentencepiece_tokenizer(reader: GGUFReader) -> PreTrainedTokenizerFast | None:
+    """Rebuild the tokenizer of a GGUF file, opened, from its pieces, their scores and their types.
 
     Returns
     -------
@@ -29,7 +28,7 @@ def sentencepiece_tokenizer(gguf: Path) -> PreTrainedTokenizerFast | None:
     before anything is merged, the longest first, as SentencePiece does. Control tokens are recognised in a text,
     as in every fast tokenizer.
     """
-    fields = GGUFReader(gguf).fields
+    fields = reader.fields
 
     def read(name: str, default: Any = None) -> Any:
         return fields[name].contents() if name in fields else default

@@ -14,7 +14,8 @@ from pipeline.models.load import load_tokenizer
 from pipeline.samples.rows import Row
 from pipeline.samples.sample import Sample, Split
 
-_tokenizer = functools.cache(load_tokenizer)
+# Loading one takes as long as most tests; whoever changes it loads one of their own.
+tokenizer_of = functools.cache(load_tokenizer)
 CHOICES = [name for name in BENCHMARKS.names() if issubclass(BENCHMARKS.load(name), MultipleChoice)]
 
 
@@ -37,7 +38,7 @@ def build(
     **sources: Path,
 ) -> dict[Split, list[Sample]]:
     """The samples that ``source``, and ``sources`` by their roles, give."""
-    return benchmark.build(Making(name, {"source": source} | sources, model, _tokenizer(model), work, progress))
+    return benchmark.build(Making(name, {"source": source} | sources, model, tokenizer_of(model), work, progress))
 
 
 def choice(task: str, test: int = 2, **changes: Any) -> MultipleChoice:

@@ -11,9 +11,8 @@ from transformers import PreTrainedTokenizerFast
 from pipeline.benchmarks.base import Answer
 from pipeline.benchmarks.base_choice import Question
 from pipeline.errors import PipelineError
-from pipeline.models.load import load_tokenizer
 from pipeline.samples.sample import Sample
-from tests.benchmarks.making import CHOICES, build, choice, read_questions, write
+from tests.benchmarks.making import CHOICES, build, choice, read_questions, tokenizer_of, write
 from tests.samples import tokenizers as tiny
 
 # task -> rows with the hub's columns.
@@ -164,7 +163,7 @@ def test_tokens_are_cut_as_the_harness_cuts_them(task: str, tmp_path: Path, smol
     samples = build(choice(task), source, smollm2, "name", lines.append)
     assert lines == ["test"]
     assert set(samples) == {"test"}
-    tokenizer = load_tokenizer(smollm2)
+    tokenizer = tokenizer_of(smollm2)
     for sample in samples["test"]:
         row = json.loads(sample.meta)["row"]
         context, choices, gold = RENDERED[task][row]
@@ -189,7 +188,7 @@ def test_tokens_are_cut_as_the_harness_cuts_them(task: str, tmp_path: Path, smol
 def test_a_late_question_begins_behind_the_passage(tmp_path: Path, without_bos: Path) -> None:
     source = write(tmp_path / "rows.jsonl", HUB_ROWS["boolq"])
     early, late = (build(choice("boolq", late_question=late), source, without_bos)["test"] for late in (False, True))
-    tokenizer = load_tokenizer(without_bos)
+    tokenizer = tokenizer_of(without_bos)
     for before, sample in zip(early, late, strict=True):
         assert sample.input_ids == before.input_ids
         row = HUB_ROWS["boolq"][json.loads(sample.meta)["row"]]
@@ -201,7 +200,7 @@ def test_a_late_question_begins_behind_the_passage(tmp_path: Path, without_bos: 
 
 def test_a_tokenizer_s_own_first_token_is_kept(tmp_path: Path, without_bos: Path, with_bos: Path) -> None:
     source = write(tmp_path / "rows.jsonl", HUB_ROWS["boolq"])
-    start = load_tokenizer(with_bos).convert_tokens_to_ids("<|im_start|>")
+    start = tokenizer_of(with_bos).convert_tokens_to_ids("<|im_start|>")
     without, with_it = (
         build(choice("boolq", late_question=True), source, model)["test"] for model in (without_bos, with_bos)
     )

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from pipeline.benchmarks import dialogues
 from pipeline.benchmarks.base import AllSizes
@@ -14,7 +13,7 @@ from pipeline.benchmarks.dialogues import Dialogues
 from pipeline.errors import PipelineError
 from pipeline.params import Params
 from pipeline.samples.sample import SPLITS, Sample
-from tests.benchmarks.making import build
+from tests.benchmarks.making import build, tokenizer_of
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +29,7 @@ def samples(params: Dialogues, dialogues_wheel: Path, smollm2: Path) -> dict[str
 
 @pytest.fixture(scope="module")
 def tokenizer(smollm2: Path) -> Any:
-    return AutoTokenizer.from_pretrained(smollm2)
+    return tokenizer_of(smollm2)
 
 
 def message(role: str, content: str) -> dict[str, str]:
@@ -108,7 +107,7 @@ def test_a_sample_holds_its_dialogue_and_its_passages(
 def test_a_base_model_s_dialogues_are_transcripts(params: Dialogues, dialogues_wheel: Path, base_model: Path) -> None:
     _, rows = dialogues.read_documents(dialogues_wheel)
     few = params.model_copy(update={"sizes": AllSizes(train=1, validation=1, test=2)})
-    tokenizer = AutoTokenizer.from_pretrained(base_model)
+    tokenizer = tokenizer_of(base_model)
     for sample in build(few, dialogues_wheel, base_model)["test"]:
         assert 0.95 * params.length <= len(sample.input_ids) <= params.length
         row = rows[json.loads(sample.meta)["row"]]

@@ -15,7 +15,7 @@ from pipeline.errors import PipelineError
 from pipeline.metrics import METRICS
 from pipeline.models.load import load_tokenizer
 from pipeline.samples.sample import Sample
-from tests.benchmarks.making import build, write
+from tests.benchmarks.making import build, tokenizer_of, write
 from tests.samples import tokenizers as tiny
 
 # eval.py: the metric of each task; pred.py: the tasks without a chat template.
@@ -84,7 +84,7 @@ def test_prompts_are_as_pred_py_makes_them(task: str, tmp_path: Path, without_bo
     source = write(tmp_path / "rows.jsonl", [row("lsht", 9), row(task, 4), row("dureader", 9)])
     lines: list[str] = []
     (sample,) = build(params((task,)), source, without_bos, "longbench", lines.append)["test"]
-    tokenizer = load_tokenizer(without_bos)
+    tokenizer = tokenizer_of(without_bos)
     prompt = filled(task, row(task, 4))
     text = tokenizer.decode(sample.input_ids[: sample.prompt_len])
     answer = tokenizer.decode(sample.input_ids[sample.prompt_len :])
@@ -109,7 +109,7 @@ def test_a_late_question_begins_behind_the_context(task: str, words: int, tmp_pa
     source = write(tmp_path / f"{task}.jsonl", [entry]).parent
     early, late = (build(params((task,), late_question=late), source, smollm2)["test"][0] for late in (False, True))
     assert early.input_ids == late.input_ids
-    tokenizer = load_tokenizer(smollm2)
+    tokenizer = tokenizer_of(smollm2)
     assert late.question_start is not None
     before = tokenizer.decode(late.input_ids[: late.question_start])
     after = tokenizer.decode(late.input_ids[late.question_start : late.prompt_len])
@@ -120,7 +120,7 @@ def test_a_late_question_begins_behind_the_context(task: str, words: int, tmp_pa
 
 
 def test_a_long_prompt_loses_its_middle(tmp_path: Path, smollm2: Path) -> None:
-    tokenizer = load_tokenizer(smollm2)
+    tokenizer = tokenizer_of(smollm2)
     entry = row("lcc", words=400)
     ids = tokenizer(filled("lcc", entry)).input_ids
     assert len(ids) > 800
@@ -135,7 +135,7 @@ def test_a_long_prompt_loses_its_middle(tmp_path: Path, smollm2: Path) -> None:
 
 
 def test_special_tokens_come_from_the_template_or_the_tokenizer(tmp_path: Path, with_bos: Path) -> None:
-    tokenizer = load_tokenizer(with_bos)
+    tokenizer = tokenizer_of(with_bos)
     start = tokenizer.convert_tokens_to_ids("<|im_start|>")
     source = write(tmp_path / "rows.jsonl", [row("trec"), row("gov_report")])
     plain, chat = build(params(("trec", "gov_report")), source, with_bos)["test"]

@@ -10,9 +10,8 @@ import pytest
 
 from pipeline.benchmarks.oasst import Oasst, Thread, assign_trees, english_threads, read_messages
 from pipeline.errors import PipelineError
-from pipeline.models.load import load_tokenizer
 from pipeline.samples.sample import SPLITS
-from tests.benchmarks.making import build, write
+from tests.benchmarks.making import build, tokenizer_of, write
 
 WORDS = ("the", "cache", "keeps", "what", "later", "tokens", "look", "at", "and", "forgets", "the", "rest")
 
@@ -135,7 +134,7 @@ def test_dialogues_have_the_length_and_share_no_tree(tmp_path: Path, smollm2: Pa
     source = write(tmp_path / "messages.jsonl", ROWS)
     samples = build(params(), source, smollm2, "oasst2")
     assert {split: len(rows) for split, rows in samples.items()} == {"train": 4, "validation": 1, "test": 2}
-    tokenizer = load_tokenizer(smollm2)
+    tokenizer = tokenizer_of(smollm2)
     seen: dict[str, str] = {}
     for split, rows in samples.items():
         for sample in rows:
@@ -158,7 +157,7 @@ def test_dialogues_have_the_length_and_share_no_tree(tmp_path: Path, smollm2: Pa
 def test_a_base_model_s_dialogues_are_transcripts(tmp_path: Path, base_model: Path) -> None:
     (sample, *_) = build(params(), write(tmp_path / "messages.jsonl", ROWS), base_model)["test"]
     assert 360 <= len(sample.input_ids) <= 400
-    tokenizer = load_tokenizer(base_model)
+    tokenizer = tokenizer_of(base_model)
     leaves = json.loads(sample.meta)["threads"]
     turns = [turn for leaf in leaves for turn in tree(int(leaf.split("-")[0][1:]))]
     lines = [f"{'User' if turn['role'] == 'prompter' else 'Assistant'}: {turn['text']}" for turn in turns]
@@ -174,7 +173,8 @@ def test_a_base_model_s_dialogues_are_transcripts(tmp_path: Path, base_model: Pa
     ],
 )
 def test_too_few_threads_is_one_sentence(changes: dict[str, Any], message: str, tmp_path: Path, smollm2: Path) -> None:
-    source = write(tmp_path / "messages.jsonl", ROWS)
+    # Of 14 trees, since each is tried with all the others.
+    source = write(tmp_path / "messages.jsonl", [row for number in range(14) for row in tree(number)])
     with pytest.raises(PipelineError, match=message):
         build(params(**changes), source, smollm2, "oasst2")
 

@@ -4,6 +4,7 @@ import itertools
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 import gguf
 import pytest
@@ -97,7 +98,7 @@ def write_gguf(path: Path, seed: int, kind: str = "llama", space_prefix: bool = 
 
 
 def rebuilt(path: Path) -> PreTrainedTokenizerFast:
-    tokenizer = sentencepiece_tokenizer(path)
+    tokenizer = sentencepiece_tokenizer(gguf.GGUFReader(path))
     assert tokenizer is not None
     return tokenizer
 
@@ -153,7 +154,7 @@ def test_a_space_goes_in_front_where_the_file_says_so(tmp_path: Path) -> None:
 
 def test_other_vocabularies_are_left_to_transformers(tmp_path: Path) -> None:
     write_gguf(tmp_path / "m.gguf", 0, kind="gpt2")
-    assert sentencepiece_tokenizer(tmp_path / "m.gguf") is None
+    assert sentencepiece_tokenizer(gguf.GGUFReader(tmp_path / "m.gguf")) is None
 
 
 # -- Gemma 3, whose vocabulary this is for
@@ -172,12 +173,26 @@ def gemma_file(default_params: Params) -> Path:
 
 
 @pytest.fixture(scope="module")
+def gemma_reader(gemma_file: Path) -> gguf.GGUFReader:
+    """Opening it takes 10 s."""
+    return gguf.GGUFReader(gemma_file)
+
+
+@pytest.fixture(scope="module")
 def gemma(
-    gemma_file: Path, tmp_path_factory: pytest.TempPathFactory
+    gemma_file: Path, gemma_reader: gguf.GGUFReader, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Model and tokenizer as the model stage writes them and the other stages load them."""
     out = tmp_path_factory.mktemp("gemma")
-    export_model(gemma_file, out)
+    opened: list[Path] = []
+
+    def read(path: str | Path) -> gguf.GGUFReader:
+        opened.append(Path(path))
+        return gemma_reader
+
+    with patch.object(gguf, "GGUFReader", read):
+        export_model(gemma_file, out)
+    assert set(opened) == {gemma_file}
     return load_model(out, "float32", "cpu"), load_tokenizer(out)
 
 
@@ -211,10 +226,10 @@ def test_gemma_texts_come_back(gemma: tuple[PreTrainedModel, PreTrainedTokenizer
 
 @pytest.mark.slow
 def test_gemma_splits_random_text_as_sentencepiece_does(
-    gemma_file: Path, gemma: tuple[PreTrainedModel, PreTrainedTokenizerFast]
+    gemma_reader: gguf.GGUFReader, gemma: tuple[PreTrainedModel, PreTrainedTokenizerFast]
 ) -> None:
     _, tokenizer = gemma
-    fields = gguf.GGUFReader(gemma_file).fields
+    fields = gemma_reader.fields
     pieces, values, types = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "scores", "token_type"))
     scores = {p: value for p, value, kind in zip(pieces, values, types, strict=True) if kind == TokenType.NORMAL}
     whole = [piece for piece, kind in zip(pieces, types, strict=True) if kind == TokenType.USER_DEFINED]

@@ -105,7 +105,7 @@ def test_a_script_that_loops_is_ended_by_its_time_limit(
     # Ten documents of the first question fit, those of the third do not.
     with pytest.raises(PipelineError, match=r"cannot fit qa_2 into 1664 tokens"):
         generate(
-            tasks["qa_2"], ruler_wheel, smollm2, jobs, tmp_path, length=1664, samples=3, seed=42, key=KEY, time_limit=10
+            tasks["qa_2"], ruler_wheel, smollm2, jobs, tmp_path, length=1664, samples=3, seed=42, key=KEY, time_limit=5
         )
     assert_ended(tmp_path)
 
@@ -114,7 +114,7 @@ def test_a_failure_elsewhere_ends_the_script(
     tasks: dict[str, Task], ruler_wheel: Path, smollm2: Path, jobs: Host, tmp_path: Path
 ) -> None:
     stop = threading.Event()
-    threading.Timer(2, stop.set).start()
+    threading.Timer(1, stop.set).start()
     with pytest.raises(StoppedError):
         generate(
             tasks["qa_2"], ruler_wheel, smollm2, jobs, tmp_path, length=1664, samples=3, seed=42, key=KEY, stop=stop

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.models.load import load_tokenizer
 from pipeline.ruler.splits import (
     Plan,
     Wanted,
@@ -19,6 +18,7 @@ from pipeline.ruler.splits import (
 )
 from pipeline.ruler.wheel import Task
 from pipeline.samples.sample import SPLITS
+from tests.benchmarks.making import tokenizer_of
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_essay_portions_do_not_touch(wanted: Wanted) -> None:
 @pytest.fixture
 def plan(wanted: Wanted, ruler_wheel: Path, smollm2: Path, tmp_path: Path) -> Plan:
     taken = frozenset({"a taken", "b taken", "c taken"})
-    return Plan(wanted, "train", taken, ruler_wheel, smollm2, tmp_path, load_tokenizer(smollm2))
+    return Plan(wanted, "train", taken, ruler_wheel, smollm2, tmp_path, tokenizer_of(smollm2))
 
 
 def test_questions_are_dealt_over_the_articles(plan: Plan, tasks: dict[str, Task]) -> None:

@@ -1,8 +1,5 @@
 """The schema that every benchmark is written in, and the stage that writes it."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from pipeline.params import Params
 from pipeline.profiles import render
 from pipeline.samples.sample import SCHEMA, SPLITS, Sample, read_samples, write_samples
 from pipeline.sources.pins import state
+from tests.commands import in_a_process, in_this_process
 
 REPOSITORY = Path(__file__).parents[2]
 SAMPLE = Sample("a", "ruler", "vt", "test", (1, 2, 3), 2, None, ("x", "y"), 30, "{}", ("text",), (("x", "y"),))
@@ -147,10 +145,8 @@ def test_samples_of_another_version_are_refused(tmp_path: Path, column: str, kin
         read_samples(path)
 
 
-def stage(directory: Path, benchmark: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "stages.samples", "--model", "smollm2-135m", "--benchmark", benchmark]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
+def arguments(benchmark: str) -> tuple[str, ...]:
+    return "stages.samples", "--model", "smollm2-135m", "--benchmark", benchmark
 
 
 @pytest.fixture
@@ -166,20 +162,21 @@ def project(tmp_path: Path, smollm2: Path, default_params: Params) -> Path:
 
 
 def test_the_stage_writes_three_splits_and_the_source(project: Path, dialogues_wheel: Path) -> None:
-    done = stage(project, "dialogues")
+    done = in_a_process(project, *arguments("dialogues"))
     assert done.returncode == 0, done.stderr
     out = project / "samples/smollm2-135m/dialogues"
     assert {file.name for file in out.iterdir()} == {*(f"{split}.parquet" for split in SPLITS), "source.json"}
     first = {file.name: file.read_bytes() for file in out.iterdir()}
-    assert stage(project, "dialogues").returncode == 0
+    # Another process, whose hashes of text are others.
+    assert in_this_process(project, *arguments("dialogues")).returncode == 0
     assert {file.name: file.read_bytes() for file in out.iterdir()} == first
 
 
 def test_the_stage_says_what_is_wrong_in_one_line(project: Path) -> None:
-    done = stage(project, "oasst3")
+    done = in_this_process(project, *arguments("oasst3"))
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert done.stderr.startswith("error: params.yaml: benchmarks has no 'oasst3'; it has arc_challenge, boolq,")
     (project / "models/smollm2-135m").unlink()
-    done = stage(project, "dialogues")
+    done = in_this_process(project, *arguments("dialogues"))
     assert done.returncode == 1
     assert done.stderr.startswith("error: models/smollm2-135m does not exist")

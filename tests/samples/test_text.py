@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter, TokenType
+from gguf import GGUFReader, GGUFWriter, TokenType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
@@ -70,7 +70,7 @@ def test_an_end_that_a_gguf_file_asks_for_is_not_between(tmp_path: Path) -> None
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    tokenizer = sentencepiece_tokenizer(tmp_path / "model.gguf")
+    tokenizer = sentencepiece_tokenizer(GGUFReader(tmp_path / "model.gguf"))
     assert tokenizer is not None
     a, b = pieces.index("▁a"), pieces.index("▁b")
     assert tokenizer("a").input_ids == [1, a, 2], "the file's flags must show"

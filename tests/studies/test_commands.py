@@ -1,14 +1,13 @@
 """The command lines of the studies as a user meets them: help at once, one sentence for a mistake."""
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from pipeline.profiles import render
+from pipeline.profiles import Profile, render
+from tests.commands import in_a_process, in_this_process
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = ("--model", "smollm2-135m")
@@ -19,29 +18,24 @@ COMMANDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("sensitivity", "train"): (),
     ("sensitivity", "report"): (),
 }
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(REPOSITORY), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    return render("ci", REPOSITORY / "profiles")
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:
+def directory(profile: Profile, tmp_path: Path) -> Path:
     """A folder with parameters and nothing that a study could read."""
-    profile = render("ci", REPOSITORY / "profiles")
     (tmp_path / "params.yaml").write_text(profile.params)
     (tmp_path / "studies").mkdir()
     (tmp_path / "studies/params.yaml").write_text(profile.studies)
     return tmp_path
 
 
-def study(directory: Path, *arguments: str, python: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    name, *rest = arguments
-    return subprocess.run(
-        [sys.executable, *python, "-m", f"studies.{name}", *rest],
-        cwd=directory,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def study(directory: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return in_this_process(directory, f"studies.{name}", *arguments)
 
 
 def assert_one_sentence(done: subprocess.CompletedProcess[str], message: str, directory: Path) -> None:
@@ -56,7 +50,8 @@ def assert_one_sentence(done: subprocess.CompletedProcess[str], message: str, di
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_comes_without_the_heavy_imports(command: tuple[str, ...], directory: Path) -> None:
-    done = study(directory, *command, "--help", python=("-X", "importtime"))
+    name, *rest = command
+    done = in_a_process(directory, f"studies.{name}", *rest, "--help", python=("-X", "importtime"))
     assert done.returncode == 0
     assert "Usage" in done.stdout
     assert all(option in done.stdout for option in COMMANDS[command][::2])

@@ -1,5 +1,7 @@
+import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -27,16 +29,34 @@ OF_THE_MATRIX = 4  # trainings
 POLICIES = 13
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Params]:
+    """All files of a run of two benchmarks and two estimators, and an empty database."""
+    root = tmp_path_factory.mktemp("made")
+    params = write_results(root, Size(layers=2, kv_heads=2))
+    (root / "reports").mkdir()
+    (root / "reports/index.html").write_text("<p>report</p>")
+    with contextlib.chdir(root), pytest.MonkeyPatch.context() as patch:
+        _forget_environment(patch)
+        results()
+        with connect() as client:  # creating the schema takes longer than all the rest
+            client.search_experiments()
+    return root, params
+
+
 @pytest.fixture
-def params(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
-    for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME"):
-        monkeypatch.delenv(name, raising=False)
+def params(made: tuple[Path, Params], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Params:
+    """A copy of it, entered."""
+    _forget_environment(monkeypatch)
+    root, params = made
+    shutil.copytree(root, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
-    params = write_results(tmp_path, Size(layers=2, kv_heads=2))
-    results()
-    Path("reports").mkdir()
-    Path("reports/index.html").write_text("<p>report</p>")
     return params
+
+
+def _forget_environment(patch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT", "DVC_STAGE", "DVC_EXP_NAME"):
+        patch.delenv(name, raising=False)
 
 
 def _runs(experiment: Experiment, role: str) -> list[Any]:
@@ -168,15 +188,35 @@ def test_an_unfinished_policy_is_a_sentence(params: Params) -> None:
         log_training(broken.parent)
 
 
+# Forks of one process that has imported everything begin at the same moment.
+AT_ONCE = """
+import os, sys, traceback
+from pathlib import Path
+import mlflow
+from pipeline.tracking.trainings import log_training
+
+running = []
+for entry in sys.argv[1:]:
+    running.append(os.fork())
+    if running[-1] == 0:
+        try:
+            log_training(Path(entry))
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in running))
+"""
+
+
 def test_several_processes_fill_one_fresh_database(params: Params) -> None:
-    code = "from pathlib import Path; from pipeline.tracking.trainings import log_training; log_training(Path(%r))"
+    Path("mlflow.db").unlink()
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     entries = [Path("policies") / MODEL / name / e for name in ("ruler", "dialogues") for e in ("exact", "rloo")]
     # The first policy twice: two processes must not both log it.
-    running = [
-        subprocess.Popen([sys.executable, "-c", code % str(entry)], env=environment) for entry in (entries[0], *entries)
-    ]
-    assert [process.wait() for process in running] == [0] * 5
+    command = [sys.executable, "-c", AT_ONCE, *map(str, (entries[0], *entries))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["0"] * 5, done.stderr
     assert len(_runs(TRAININGS, "training")) == OF_THE_MATRIX
     assert len(_runs(HEADS, "head")) == OF_THE_MATRIX * OF_A_TRAINING
 

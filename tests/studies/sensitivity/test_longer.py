@@ -7,11 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.benchmarks.base import Making, Sizes
+from pipeline.benchmarks.base import Making
 from pipeline.benchmarks.ruler import Ruler
 from pipeline.errors import PipelineError
 from pipeline.models.load import load_tokenizer
-from pipeline.params import Params
 from pipeline.ruler.splits import units
 from pipeline.ruler.wheel import read_tasks
 from pipeline.samples.sample import Sample, Split
@@ -20,13 +19,6 @@ from studies.sensitivity.longer import build_longer, longer_samples
 from studies.sensitivity.params import Longer
 
 YARN = {"factor": 4.0, "original_max_position_embeddings": 1024}
-
-
-@pytest.fixture(scope="module")
-def ruler(default_params: Params) -> Ruler:
-    found = default_params.benchmarks["ruler"].samples
-    assert isinstance(found, Ruler)
-    return found.model_copy(update={"sizes": Sizes(train=2, validation=1, test=2)})
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +33,10 @@ def making(ruler_wheel: Path, splitter_wheel: Path, smollm2: Path, tmp_path_fact
 
 
 @pytest.fixture(scope="module")
-def samples(few: Ruler, making: Making) -> dict[Split, list[Sample]]:
+def samples(few: Ruler, ruler_samples: dict[Split, list[Sample]]) -> dict[Split, list[Sample]]:
     """What is trained on, with more haystacks than there are longer ones."""
-    return few.model_copy(update={"tasks": (*few.tasks, "niah_single_2", "niah_multivalue")}).build(making)
+    tasks = (*few.tasks, "niah_single_2", "niah_multivalue")
+    return {split: [sample for sample in found if sample.task in tasks] for split, found in ruler_samples.items()}
 
 
 def prompt(tokenizer: Any, sample: Sample) -> str:
