@@ -22,7 +22,7 @@ from pipeline.policy.train import TrainParams
 from pipeline.reporting.params import ReportParams, ShownAs
 from pipeline.section import PARAMS, FileStem, Name, entry, find, missing, parse, validate
 from pipeline.sources.pins import SourceParams
-from pipeline.traces.importance import TracesParams
+from pipeline.traces.params import TracesParams
 
 Value = TypeVar("Value")
 

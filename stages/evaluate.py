@@ -19,16 +19,15 @@ def main(model: ModelOption, benchmark: BenchmarkOption, device: DeviceOption = 
     from pipeline.policy.agents import load_policy
     from pipeline.samples.sample import read_samples
     from pipeline.section import Names, read
-    from pipeline.traces.importance import TracesParams
     from pipeline.work import publish, work_directory
 
     check_device(device)
     evaluation, here = read("evaluation", EvaluationParams), read(f"benchmarks.{benchmark}.evaluate", AtBenchmark)
-    baselines, traces = read("baselines", dict[str, Baseline]), read("traces", TracesParams)
+    baselines = read("baselines", dict[str, Baseline])
     dtype = read_dtype(model)
     directories = _paths.policies(model, read("matrix.trained_on", Names), read("matrix.estimator", Names))
     weights, test = _paths.model(model), _paths.samples(model, benchmark, "test")
-    identity = {"evaluation": evaluation, "here": here, "dtype": dtype, "traces": traces, "baselines": baselines}
+    identity = {"evaluation": evaluation, "here": here, "dtype": dtype, "baselines": baselines}
     code = Code(__file__, {"pipeline/eviction/baselines": tuple(b.own for b in baselines.values() if b.own)})
     work = work_directory(f"evaluate-{model}-{benchmark}", identity, [weights, test, *directories.values()], code)
     rankers = make_rankers(baselines)
@@ -39,7 +38,7 @@ def main(model: ModelOption, benchmark: BenchmarkOption, device: DeviceOption = 
     language_model, tokenizer = load_model(weights, dtype, device), load_tokenizer(weights)
     budgets = here.budgets or evaluation.budgets
     whole = here.shorter == "whole"
-    sweep = Sweep(language_model, tokenizer, policies, rankers, evaluation, traces, budgets, whole)
+    sweep = Sweep(language_model, tokenizer, policies, rankers, evaluation, budgets, whole)
     sweep.check(samples)
     parts = {
         name: [work / name / f"{index:05d}.parquet" for index in range(len(samples))] for name in ("cost", "answers")

@@ -19,16 +19,15 @@ def main(model: ModelOption, benchmark: BenchmarkOption, device: DeviceOption = 
     from pipeline.policy.agents import load_policy
     from pipeline.samples.sample import read_samples
     from pipeline.section import Names, read
-    from pipeline.traces.importance import TracesParams
     from pipeline.work import publish, work_directory
 
     check_device(device)
     seed, baselines = read("evaluation.seed", int), read("baselines", dict[str, Baseline])
-    traces, dtype = read("traces", TracesParams), read_dtype(model)
+    dtype = read_dtype(model)
     directories = _paths.policies(model, read("matrix.trained_on", Names), read("matrix.estimator", Names))
     tasks = read("texts", TextsParams).tasks.get(benchmark, ())
     weights, test = _paths.model(model), _paths.samples(model, benchmark, "test")
-    identity = {"tasks": tasks, "seed": seed, "dtype": dtype, "traces": traces, "baselines": baselines}
+    identity = {"tasks": tasks, "seed": seed, "dtype": dtype, "baselines": baselines}
     code = Code(__file__, {"pipeline/eviction/baselines": tuple(b.own for b in baselines.values() if b.own)})
     work = work_directory(f"texts-{model}-{benchmark}", identity, [weights, test, *directories.values()], code)
     rankers = make_rankers(baselines)
@@ -44,7 +43,7 @@ def main(model: ModelOption, benchmark: BenchmarkOption, device: DeviceOption = 
         for index, part in zip(chosen, parts, strict=True):
             if not part.exists():
                 # The seed that the sample has in the sweep: random ranks it as it did there.
-                prefill = prefill_sample(language_model, samples[index], policies, rankers, traces, seed + index)
+                prefill = prefill_sample(language_model, samples[index], policies, rankers, seed + index)
                 write_part(part, token_table(samples[index], tokenizer, prefill, layers))
             advance()
     merge_parts(parts, work / "merged/tokens.parquet")

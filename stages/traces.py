@@ -13,7 +13,7 @@ def main(model: ModelOption, trained_on: TrainedOnOption, device: DeviceOption =
     from pipeline.samples.sample import read_samples
     from pipeline.section import read
     from pipeline.traces.build import build_traces
-    from pipeline.traces.importance import TracesParams
+    from pipeline.traces.params import TracesParams
     from pipeline.work import publish, work_directory
 
     check_device(device)

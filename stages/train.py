@@ -22,7 +22,7 @@ def main(
     from pipeline.policy.estimators.base import ESTIMATORS
     from pipeline.policy.train import TrainParams, describe, train_policy
     from pipeline.section import read
-    from pipeline.traces.shards import TraceReader
+    from pipeline.traces.shards import ExampleReader
     from pipeline.tracking.trainings import log_finished_training
     from pipeline.work import publish, work_directory
 
@@ -34,7 +34,7 @@ def main(
     code = Code(__file__, {"pipeline/policy/estimators": (estimator,), "pipeline/policy/inputs": params.agent.inputs})
     work = work_directory(f"train-{model}-{trained_on}-{estimator}", identity, [], code)
     cache = int(cache_gb * 1e9)
-    reader, validation = TraceReader(traces, "train", cache), TraceReader(traces, "validation", cache)
+    reader, validation = ExampleReader(traces, "train", cache), ExampleReader(traces, "validation", cache)
     config = describe(params, reader, chosen) | {"trace_fingerprint": seen}
     limit_threads()
     with progress(f"train {model} {trained_on} {estimator}", params.steps) as advance:

@@ -59,20 +59,21 @@ from pathlib import Path
 import polars as pl, torch
 from pipeline.params import load_params
 from pipeline.policy.train import describe, train_policy
-from pipeline.traces.capture import LayerTrace
-from pipeline.traces.shards import TraceReader, TraceShape, write_manifest, write_shard
+from pipeline.traces.build import choose_tokens
+from pipeline.traces.shards import ExampleInfo, ExampleReader, ShardWriter, TraceShape, write_manifest
 
-shape = TraceShape("tiny", "ruler", layers=2, kv_heads=2, head_dim=4, block_size=8)
+shape = TraceShape("tiny", "ruler", (0, 1), kv_heads=2, head_dim=4)
 draw = torch.Generator().manual_seed(0)
-
-def sequence(tokens):
-    keys = torch.randn(2, tokens, 4, generator=draw)
-    record = torch.exp(2 * keys[..., :1]).expand(2, tokens, -(-tokens // 8))
-    return [LayerTrace(keys, torch.randn(2, tokens, 4, generator=draw), record) for _ in range(shape.layers)]
-
 root, work = Path("tiny-traces"), Path("tiny-policy")
 for split, count in (("train", 6), ("validation", 3)):
-    write_shard(root, split, 0, shape, [(index, f"{split}{index}", sequence(48)) for index in range(count)])
+    with ShardWriter(root, split, 0, shape) as writer:
+        for example in range(count):
+            info = ExampleInfo(example, example, f"{split}{example}", 48)
+            writer.examples.append(info)
+            for layer in (0, 1):
+                keys, values = torch.randn(2, 2, 48, 4, generator=draw)
+                rows = choose_tokens(keys, values, torch.exp(2 * keys[..., 0]), None, draw, info.sample_id, layer)
+                writer.write_layer(layer, info, rows)
 write_manifest(root, shape, {"train": 1, "validation": 1})
 work.mkdir()
 params = load_params()
@@ -81,7 +82,7 @@ train = params.train.model_copy(update={
     "agent": params.train.agent.model_copy(update={"hidden_width": 16}),
 })
 estimator = params.estimators[sys.argv[1]]
-readers = [TraceReader(root, split, 1 << 20) for split in ("train", "validation")]
+readers = [ExampleReader(root, split, 1 << 20) for split in ("train", "validation")]
 train_policy(work, *readers, estimator, train, describe(train, readers[0], estimator), "cpu", lambda *_: None)
 cost = pl.read_parquet(work / "curves.parquet").filter(metric="validation_cost").group_by("step").agg(
     pl.col("value").mean()).sort("step")["value"]

@@ -93,7 +93,7 @@ MISTAKES = {
     "missing section": (drop("report"), "missing key report"),
     "quoted number": (put("train.steps", "24"), r"train.steps: .*integer.*\(got '24'\)"),
     "word for a number": (put("train.learning_rate", "fast"), r"train.learning_rate: .*number.*\(got 'fast'\)"),
-    "fraction for a count": (put("traces.block_size", 64.5), "traces.block_size: .*integer"),
+    "fraction for a count": (put("traces.cuts", 1.5), "traces.cuts: .*integer"),
     "yes for a number": (put("evaluation.n_sink", True), "evaluation.n_sink: .*integer"),
     "scalar for a list": (put("matrix.model", "smollm2-135m"), "matrix.model: Input should be a list"),
     "zero steps": (put("train.steps", 0), "train.steps: .*greater than 0"),
@@ -104,10 +104,8 @@ MISTAKES = {
         "estimators.rloo.samples: .*greater than or equal to 2",
     ),
     "certain confidence": (put("report.confidence", 1.0), "report.confidence: .*less than 1"),
-    "chunk of no whole blocks": (
-        put("traces.query_chunk", 100),
-        "traces: query_chunk must be a multiple of block_size",
-    ),
+    "a share above all": (put("traces.at_prompt_end", 1.5), "traces.at_prompt_end: .*less than or equal to 1"),
+    "one token, which has one order": (put("traces.tokens", 1), "traces.tokens: .*greater than or equal to 2"),
     "unknown input": (
         put("train.agent.inputs", ["key", "query"]),
         "train.agent.inputs: 'query' is no input of an agent; known: age, hidden, key, position, value",

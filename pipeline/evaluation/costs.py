@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.policy.ranking import cost_at_budgets, optimal_total_cost, rank, total_cost
+from pipeline.policy.ranking import cost_at_budgets, rank, total_cost
 from pipeline.tables import GRID, PolicyKey
+from pipeline.traces.example import best_cost
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def ranking_costs(importance: Tensor, scores: Mapping[PolicyKey, Tensor]) -> Ite
     cache_size = importance.shape[-1]
     budgets = torch.tensor([cache_size * k // GRID for k in range(1, GRID)])
     optimal = cost_at_budgets(importance, rank(importance), budgets)
-    optimal_total = optimal_total_cost(importance)
+    optimal_total = best_cost(importance)
     for key, score in scores.items():
         ranking = rank(score)
         cost = cost_at_budgets(importance, ranking, budgets)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pipeline.eviction.baselines.base import OBSERVED_QUERIES, LayerCache
+from pipeline.eviction.baselines.base import OBSERVED_QUERIES, SHORTEST_CACHE, LayerCache
 from pipeline.eviction.rankers import Ranker
 from pipeline.models.forward import require_finite
 from pipeline.models.layers import ModelLayer, RankedLayer
@@ -20,7 +20,6 @@ from pipeline.policy.agents import Policy
 from pipeline.samples.sample import Sample
 from pipeline.tables import ORACLE, PolicyKey
 from pipeline.traces.capture import ObservedLayer, Tails, run_captured
-from pipeline.traces.importance import TracesParams, future_importance
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,12 @@ def prefill_sample(
     sample: Sample,
     policies: Mapping[PolicyKey, Policy],
     rankers: Mapping[str, Ranker],
-    traces: TracesParams,
     seed: int,
     ranked: bool = True,
 ) -> Prefill:
     """Prefill a context once, score it with every policy and baseline, and look at what followed.
 
-    They score it at a second cache size, the middle, where a block of the record ends there.
+    They score it at a second cache size too, the middle, where there is something to rank.
 
     Parameters
     ----------
@@ -76,10 +74,9 @@ def prefill_sample(
     """
     layout = cache_layout(model)
     n = sample.context_len
-    middle = n // 2 // traces.block_size * traces.block_size
     ids = torch.tensor(sample.input_ids)
     cache = DynamicCache()
-    sizes = tuple(size for size in (middle, n) if size and ranked)
+    sizes = tuple(size for size in (n // 2, n) if size >= SHORTEST_CACHE and ranked)
     collected: dict[int, dict[PolicyKey, list[Tensor]]] = {size: {} for size in sizes}
 
     def score(index: RankedLayer, layer: ObservedLayer) -> None:
@@ -92,15 +89,10 @@ def prefill_sample(
                 by_key.setdefault(key, []).append(scores)
 
     tails = Tails(sizes, OBSERVED_QUERIES)
-    # Blocks as large as can be: a record of traces' blocks grows with n x n, 4 GB a layer at 128k tokens.
-    prompt = run_captured(model, ids[:n], cache, middle or n, traces.query_chunk, tails, score)
+    within = run_captured(model, ids[:n], cache, sizes, tails, score)
     # The true continuation runs against the uncompressed cache; its attention is the oracle's knowledge.
-    after = run_captured(model, ids[n:], cache, len(ids), traces.query_chunk)
-    beyond = torch.stack([record[:, :n].sum(-1) for record in after])
-    importance = {n: beyond}
-    if middle:
-        within = torch.stack([future_importance(record, middle, middle) for record in prompt])
-        importance[middle] = within + beyond[..., :middle]
+    beyond = run_captured(model, ids[n:], cache, sizes)
+    importance = {size: within[size] + beyond[size] for size in sizes}
     scores = {size: {key: torch.stack(layers) for key, layers in by_key.items()} for size, by_key in collected.items()}
     for size, by_policy in scores.items():
         by_policy[ORACLE] = importance[size]

@@ -25,7 +25,6 @@ from pipeline.models.forward import run_model
 from pipeline.models.layout import CacheLayout, cache_layout
 from pipeline.samples.sample import Sample
 from pipeline.traces.capture import ObservedLayer, Recorder, Tails, capture_attention, run_captured
-from pipeline.traces.importance import TracesParams
 
 # Largest difference allowed in float32: nats of a token, a weight of attention, or a part of the largest number of a
 # layer's keys. Rounding stays a tenth of it or less; anything computed otherwise is far above it.
@@ -35,7 +34,6 @@ _CONTEXT, _CONTINUATION, _GREEDY, _ATTENTION = 160, 24, 16, 96
 _LARGEST_WINDOW = 1024
 # Tokens on either side of a place at which positions may be computed in another way.
 _AROUND = 24
-_TRACES = TracesParams(block_size=16, query_chunk=64, sequences_per_shard=1)
 
 
 def check_model(
@@ -131,7 +129,7 @@ def _tokens(model: PreTrainedModel, count: int) -> Tensor:
 def _ours(model: PreTrainedModel, ids: Tensor, context: int) -> tuple[Tensor, list[int]]:
     """Nats of each token behind the context, (t,) float32, and greedy tokens, by the sweep, keeping everything."""
     sample = Sample("check", "check", "check", "test", tuple(ids.tolist()), context, None, (), _GREEDY, "{}")
-    prefill = prefill_sample(model, sample, {}, {}, _TRACES, 0, ranked=False)
+    prefill = prefill_sample(model, sample, {}, {}, 0, ranked=False)
     cache, _ = evict(prefill, {}, (), cache_layout(model).windows, len(ids) - context + _GREEDY)
     nll = continuation_nll(model, cache, ids[context - 1 :], context - 1)[0]
     cache.rewind()
@@ -162,15 +160,17 @@ def _loss_of_greed(model: PreTrainedModel, context: Tensor, generated: Sequence[
 def _cut_difference(model: PreTrainedModel, ids: Tensor, context: int) -> float:
     """Keys, values and importance of a text that is read in one call and in several."""
     whole, pieces = DynamicCache(), DynamicCache()
-    block, chunk = _TRACES.block_size, _TRACES.query_chunk
-    record = run_captured(model, ids, whole, block, chunk)
-    received = [torch.zeros_like(layer) for layer in record]
-    # Uneven, at borders of blocks and inside them; the last pieces are single tokens, as in decoding.
+    cuts = (context // 2, context)
+    importance = run_captured(model, ids, whole, cuts)
+    received = {cut: torch.zeros_like(found) for cut, found in importance.items()}
+    # Uneven, at cuts and between them; the last pieces are single tokens, as in decoding.
     borders = [0, 1, context // 3, context // 3 + 3, context, len(ids) - 2, len(ids) - 1, len(ids)]
     for first, last in itertools.pairwise(borders):
-        for total, part in zip(received, run_captured(model, ids[first:last], pieces, block, chunk), strict=True):
-            total[:, : part.shape[1], : part.shape[2]] += part
-    return max(_cache_difference(whole, pieces), *map(_largest, record, received))
+        for cut, part in run_captured(
+            model, ids[first:last], pieces, tuple(cut for cut in cuts if cut <= last)
+        ).items():
+            received[cut] += part
+    return max(_cache_difference(whole, pieces), *(_largest(importance[cut], received[cut]) for cut in cuts))
 
 
 def _cache_difference(one: DynamicCache, other: DynamicCache) -> float:
@@ -191,7 +191,7 @@ def _attention_difference(model: PreTrainedModel, layout: CacheLayout, ids: Tens
     def observe(_: object, layer: ObservedLayer) -> None:
         seen[layer.number] = layer.tails[len(ids)]
 
-    run_captured(model, ids, DynamicCache(), 16, 32, Tails((len(ids),), len(ids)), observe)
+    run_captured(model, ids, DynamicCache(), (), Tails((len(ids),), len(ids)), observe)
     with attention_implementation(model, "eager"), torch.inference_mode():
         own = model(input_ids=ids[None].to(model.device), output_attentions=True, use_cache=False).attentions
     if own is None or len(own) != len(layout.modules):
@@ -225,7 +225,7 @@ def _switch_difference(model: PreTrainedModel, layout: CacheLayout, place: int) 
     for borders in ((0, around - around // 3, len(tokens)), (0, len(tokens))):
         cache = DynamicCache()
         for first, last in itertools.pairwise(borders):
-            recorder = Recorder(_TRACES.block_size, _TRACES.query_chunk, layout.windows)
+            recorder = Recorder((), layout.windows)
             with attention_function(model, partial(capture_attention, recorder=recorder)):
                 run_model(model, tokens[None, first:last], cache, place - around + first, 1)
         caches.append(cache)

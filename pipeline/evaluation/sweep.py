@@ -22,7 +22,6 @@ from pipeline.models.load import end_token_ids
 from pipeline.policy.agents import Policy
 from pipeline.samples.sample import Sample
 from pipeline.tables import FULL, PolicyKey
-from pipeline.traces.importance import TracesParams
 
 
 @dataclass
@@ -47,7 +46,6 @@ class Sweep:
     policies: Mapping[PolicyKey, Policy]
     rankers: Mapping[str, Ranker]
     evaluation: EvaluationParams
-    traces: TracesParams
     budgets: tuple[int, ...]
     whole_if_shorter: bool = False
     end_tokens: frozenset[int] = field(init=False)
@@ -80,7 +78,7 @@ class Sweep:
     def prefill(self, sample: Sample, seed: int) -> Prefill:
         """See :func:`pipeline.evaluation.prefill.prefill_sample`."""
         ranked = bool(self.budgets)
-        return prefill_sample(self.model, sample, self.policies, self.rankers, self.traces, seed, ranked)
+        return prefill_sample(self.model, sample, self.policies, self.rankers, seed, ranked)
 
     def run(self, sample: Sample, seed: int) -> tuple[list[Said], list[Costs]]:
         """Ask every (policy, budget) pair what one sample asks.

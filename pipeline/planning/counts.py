@@ -11,14 +11,15 @@ from pipeline.planning.shapes import ModelShape
 from pipeline.policy.agents import UNITS_PER_BLOCK, PolicyShape
 from pipeline.policy.estimators.base import Estimator
 from pipeline.policy.estimators.exact import WEIGHTS_PER_BLOCK
-from pipeline.traces.importance import TracesParams
+from pipeline.traces.capture import WEIGHTS_PER_CHUNK
 
-# Parquet's marks of where the lists of a row begin, per list, and its headers and metadata of one row group.
-_LIST_BYTES, _ROW_GROUP_BYTES = 3, 1100
+# Of a token in the trace files besides key and value: position, importance and probability, marks of where its lists
+# begin, what stays the same within a head. Of a head: its best cost. And the headers and metadata of a row group.
+_TOKEN_BYTES, _HEAD_BYTES, _ROW_GROUP_BYTES = 12 + 1, 8, 1500
 # Passes of a layer over its hidden states (norms, rotations, residuals) and over its MLP's (activation, product).
 _HIDDEN_PASSES, _INTERMEDIATE_PASSES = 24, 6
-# Operations of one layer of a transformers model; what capture adds for a chunk of queries, and for each block in it.
-LAYER_KERNELS, _CHUNK_KERNELS, _BLOCK_KERNELS = 45, 10, 2
+# Operations of one layer of a transformers model, and what capture adds for a chunk of queries.
+LAYER_KERNELS, _CHUNK_KERNELS = 45, 12
 # Bytes moved per unit of an agent's input and hidden layers: scoring, and a training step's forward and backward.
 _SCORE_BYTES, _STEP_BYTES = 16, 36
 # Bytes moved per parameter by storing the gradient (8), clipping (20) and fused AdamW (28), and per token that is
@@ -31,20 +32,18 @@ _WEIGHT_BYTES, _PLACE_BYTES, _PLACES, _GRID_KERNELS = 200, 160, 1024, 50
 _STEP_KERNELS, _SCORE_KERNELS = 150, 20
 
 
-def trace_bytes(shape: ModelShape, tokens: int, block_size: int) -> int:
-    """Bytes of one sequence of ``tokens`` in the trace files: all heads, all columns (``pipeline/traces/shards.py``).
+def example_bytes(shape: ModelShape, cache_size: float, known: float) -> float:
+    """Bytes of one example in the trace files: all heads, all columns (``pipeline/traces/shards.py``).
 
-    Keys, values and the stored part of the record are float16; sequence, head and position take no room.
+    ``known`` tokens of each head lie in it, and the importance of all ``cache_size``.
     """
-    blocks = -(-tokens // block_size)
-    stored = block_size * blocks * (blocks - 1) // 2
-    row = 2 * 2 * shape.head_dim + 3 * _LIST_BYTES
-    return shape.heads * (tokens * row + 2 * stored + _ROW_GROUP_BYTES)
+    head = known * (2 * 2 * shape.head_dim + _TOKEN_BYTES) + 4 * cache_size + _HEAD_BYTES
+    return shape.heads * head + 2 * shape.ranked_layers * _ROW_GROUP_BYTES
 
 
-def decoded_bytes(shape: ModelShape, tokens: int, block_size: int) -> int:
-    """Bytes of one sequence as ``TraceReader`` keeps it: float16 keys, values and the whole record, all heads."""
-    return 2 * shape.heads * tokens * (2 * shape.head_dim + -(-tokens // block_size))
+def decoded_bytes(shape: ModelShape, known: float) -> float:
+    """Bytes of an example as ``ExampleReader`` keeps it, the fullest head as long as the others."""
+    return shape.heads * (known * (2 * 2 * shape.head_dim + 12) + 4)
 
 
 def policy_bytes(policy: PolicyShape) -> int:
@@ -64,42 +63,40 @@ def evicted_bytes(
     return (kept + context - 1 + reserve) * shape.ranked_numbers * item_bytes
 
 
-def capture_work(shape: ModelShape, tokens: int, item_bytes: int, traces: TracesParams) -> Work:
-    """Prefill of one sequence with its attention captured (``pipeline/traces/capture.py``)."""
-    chunks, rest = divmod(tokens, traces.query_chunk)
-    # A chunk's queries look at all tokens up to its end; what is masked is computed all the same.
-    visible = traces.query_chunk**2 * chunks * (chunks + 1) // 2 + rest * tokens
-    within = min(visible, tokens * (shape.window + traces.query_chunk))
-    pairs = shape.query_heads * (shape.ranked_layers * visible + (shape.layers - shape.ranked_layers) * within)
-    # Product, softmax in float32, cast, product, maximum over the group's query heads, sum over the block.
+def capture_work(shape: ModelShape, tokens: int, item_bytes: int, recorded: float) -> Work:
+    """One run over a sequence (``pipeline/traces/capture.py``).
+
+    ``recorded`` is the share of all pairs of a query and a token before it whose attention is added up.
+    """
+    pairs = shape.query_heads * (
+        shape.ranked_layers * tokens**2 / 2
+        + (shape.layers - shape.ranked_layers) * min(tokens / 2, shape.window) * tokens
+    )
+    chunks = max(1.0, shape.query_heads * tokens**2 / WEIGHTS_PER_CHUNK["cuda"])
+    # Product, softmax in float32, cast, product, maximum over the group's query heads, sum. What is fused stays in a
+    # processor's cache.
     cast = 0 if item_bytes == 4 else 4 + item_bytes
-    pair_bytes = 3 * item_bytes + 8 + cast + 8 * shape.kv_heads / shape.query_heads
+    pair_bytes = recorded * (3 * item_bytes + 8 + cast + 8 * shape.kv_heads / shape.query_heads)
     token_bytes = item_bytes * (_HIDDEN_PASSES * shape.hidden + _INTERMEDIATE_PASSES * shape.intermediate)
-    chunk_kernels = _CHUNK_KERNELS + _BLOCK_KERNELS * traces.query_chunk / traces.block_size
     return Work(
         # The output embedding answers for the last token alone.
         flops=2 * shape.layers * shape.layer_weights * tokens
         + 4 * shape.head_dim * pairs
         + 2 * shape.hidden * shape.vocabulary,
         moved=pair_bytes * pairs + shape.layers * tokens * token_bytes,
-        kernels=shape.layers * (LAYER_KERNELS + chunk_kernels * (chunks + bool(rest))),
+        kernels=shape.layers * (LAYER_KERNELS + recorded * _CHUNK_KERNELS * chunks),
     )
 
 
-def capture_memory(
-    shape: ModelShape, tokens: int, item_bytes: int, traces: TracesParams, blocks: int | None = None
-) -> dict[str, int]:
-    """Bytes of such a prefill at its peak, by part.
-
-    ``blocks`` of each token's record: None for those of the traces, whose bytes grow with tokens squared.
-    """
+def capture_memory(shape: ModelShape, tokens: int, item_bytes: int, cuts: int) -> dict[str, int]:
+    """Bytes of such a run at its peak, by part, with the importance at so many ``cuts``."""
     softmax = 4 + (0 if item_bytes == 4 else item_bytes)
-    chunk = shape.query_heads * min(traces.query_chunk, tokens) * tokens * (item_bytes + softmax)
+    chunk = min(WEIGHTS_PER_CHUNK["cuda"], shape.query_heads * tokens**2) * (item_bytes + softmax)
     return {
         "weights": shape.parameters * item_bytes,
         # Layers that slide over a window keep every token during a capture, like the others.
         "cache": 2 * shape.layers * shape.kv_heads * shape.head_dim * tokens * item_bytes,
-        "records": 4 * shape.heads * tokens * (blocks or -(-tokens // traces.block_size)),
+        "importances": 4 * cuts * shape.heads * tokens,
         "one chunk of attention": chunk,
         "activations": tokens * (4 * shape.hidden + 3 * shape.intermediate) * item_bytes,
     }
@@ -129,11 +126,9 @@ def score_work(policy: PolicyShape, tokens: float) -> Work:
     )
 
 
-def step_work(policy: PolicyShape, estimator: Estimator, tokens: int, block_size: int) -> Work:
-    """One training step, on average over the cache sizes at which a sequence of ``tokens`` is cut."""
-    cuts = (tokens - 1) // block_size
-    mean = block_size * (cuts + 1) / 2
-    rows = policy.heads * mean
+def step_work(policy: PolicyShape, estimator: Estimator, tokens: float) -> Work:
+    """One training step in which every agent scores so many ``tokens``."""
+    rows = policy.heads * tokens
     step = Work(
         agent_flops=training_flops(policy) * rows,
         moved=_STEP_BYTES * sum(policy.widths) * rows + _OPTIMIZER_BYTES * policy.heads * policy.parameters_per_agent,

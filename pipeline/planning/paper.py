@@ -1,6 +1,6 @@
 """The paper's own training in our code, counted. It knows no params file."""
 
-from pipeline.planning.counts import step_work, trace_bytes, training_flops
+from pipeline.planning.counts import example_bytes, step_work, training_flops
 from pipeline.planning.shapes import SHAPES
 from pipeline.policy.agents import AgentParams, PolicyShape
 from pipeline.policy.estimators.exact import Exact
@@ -15,7 +15,7 @@ def paper_training() -> dict[str, float]:
     FLOPs of the agents if every step took the whole sequence, FLOPs with cache sizes drawn uniformly, FLOPs of the
     exact estimator besides, and bytes of traces that the steps read.
     """
-    shape, steps, tokens, block = SHAPES["Qwen2.5-7B-Instruct"], 4000, 4500, 64
+    shape, steps, tokens = SHAPES["Qwen2.5-7B-Instruct"], 4000, 4500
     policy = PolicyShape(
         shape.ranked_layers,
         shape.kv_heads,
@@ -24,7 +24,7 @@ def paper_training() -> dict[str, float]:
     )
     whole = float(steps * policy.heads * tokens * training_flops(policy))
     rloo, exact = (
-        step_work(policy, estimator, tokens, block).agent_flops * steps for estimator in (Rloo(samples=8), Exact())
+        step_work(policy, estimator, tokens / 2).agent_flops * steps for estimator in (Rloo(samples=8), Exact())
     )
     return {
         "agents": policy.heads,
@@ -34,5 +34,5 @@ def paper_training() -> dict[str, float]:
         "whole_sequence_flops": whole,
         "drawn_cache_flops": rloo,
         "exact_sums_flops": exact - rloo,
-        "read_bytes": float(steps * trace_bytes(shape, tokens, block)),
+        "read_bytes": float(steps * example_bytes(shape, tokens / 2, tokens / 2)),
     }

@@ -17,11 +17,11 @@ from pipeline.planning.counts import (
     capture_work,
     decoded_bytes,
     evicted_bytes,
+    example_bytes,
     policy_bytes,
     score_work,
     step_memory,
     step_work,
-    trace_bytes,
 )
 from pipeline.planning.devices import Device, Work
 from pipeline.planning.shapes import ModelShape
@@ -32,8 +32,10 @@ if TYPE_CHECKING:
 
 _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What the train stage keeps of decoded traces for each of its two splits (KVP_CACHE_GB at its default), and how many
-# sequences it reads ahead.
+# batches it reads ahead.
 TRACE_CACHE_BYTES, _READ_AHEAD = 3e9, 5
+# How much longer than the mean the longest of an example's heads is.
+_FILLED_UP = 1.25
 # A process with torch, transformers and kvpress loaded.
 _PROCESS_BYTES = 0.8e9
 
@@ -169,9 +171,9 @@ class _Model:
         # In float32: about ten forwards of a text that exceeds the window where there is one, and the greedy tokens of
         # two decodings.
         tokens = max(_CHECK_TOKENS, self.shape.window)
-        work = capture_work(self.shape, tokens, 4, self.params.traces) * 10
+        work = capture_work(self.shape, tokens, 4, recorded=1) * 10
         work += Work(moved=2 * 16 * 4 * self.shape.parameters)
-        parts = capture_memory(self.shape, tokens, 4, self.params.traces)
+        parts = capture_memory(self.shape, tokens, 4, cuts=2)
         host = 4 * self.shape.parameters if self.device.accelerator else 0
         return self.cost("check", "", work, _VERDICT_BYTES, host, {**parts}, sum(parts.values()), 10 * tokens)
 
@@ -184,48 +186,73 @@ class _Model:
     def traces(self, trained_on: str) -> StageCost:
         params, work, tokens = self.params.traces, Work(), 0
         for group in self.groups(trained_on):
-            written = Work(written=trace_bytes(self.shape, group.tokens, params.block_size))
-            count = group.train + group.validation
-            work += (capture_work(self.shape, group.tokens, self.item_bytes, params) + written) * count
-            tokens += group.tokens * count
+            uniform = 1 - params.at_prompt_end
+            # The first of so many uniform cuts lies at tokens / (cuts + 1), the mean of its square is 2 / ((cuts + 1)
+            # (cuts + 2)) of that of the tokens; where all cuts are at the prompt's end, the continuation is recorded.
+            within = 1 - 2 / ((params.cuts * uniform + 1) * (params.cuts * uniform + 2))
+            recorded = within + (1 - within) * (1 - (group.context / group.tokens) ** 2)
+            for split, share in (("train", recorded), ("validation", 0.75)):
+                count = getattr(group, split)
+                work += capture_work(self.shape, group.tokens, self.item_bytes, share) * count
+                work += Work(written=self.trace_bytes(group, split)) * count
+                tokens += group.tokens * count
         longest = max(group.tokens for group in self.groups(trained_on))
-        parts = capture_memory(self.shape, longest, self.item_bytes, params)
+        parts = capture_memory(self.shape, longest, self.item_bytes, params.cuts)
+        # One sequence is written while the next is read.
+        parts["cache"] *= 2
         # Weights pass through the host on their way to an accelerator.
         host = self.weight_bytes if self.device.accelerator else 0
         return self.cost("traces", trained_on, work, work.written, host, {**parts}, sum(parts.values()), tokens)
 
+    def cuts(self, group: SampleGroup, split: str) -> tuple[int, float, float]:
+        """Examples that a sequence gives, their mean cache size, and the tokens known of each head."""
+        params, half = self.params.traces, group.tokens / 2
+        if split == "validation":
+            return 1, half, half
+        mean = params.at_prompt_end * group.context + (1 - params.at_prompt_end) * half
+        return params.cuts, mean, mean if params.tokens is None else min(params.tokens, mean)
+
+    def trace_bytes(self, group: SampleGroup, split: str) -> float:
+        """Of one sequence, in the files."""
+        count, cache_size, known = self.cuts(group, split)
+        return count * example_bytes(self.shape, cache_size, known)
+
     def train(self, trained_on: str, estimator: str) -> StageCost:
-        params, block, policy = self.params.train, self.params.traces.block_size, self.policy
-        groups = self.groups(trained_on)
+        params, policy, groups = self.params.train, self.policy, self.groups(trained_on)
         validations = 1 + -(-params.steps // params.validate_every)
         work, kept = Work(), 0.0
         for split in ("train", "validation"):
-            counts = [(group.tokens, getattr(group, split)) for group in groups]
-            sequences = sum(count for _, count in counts)
-            decoded = sum(count * decoded_bytes(self.shape, tokens, block) for tokens, count in counts)
+            counts = [(group, *self.cuts(group, split), getattr(group, split)) for group in groups]
+            examples = sum(cuts * sequences for _, cuts, _, _, sequences in counts)
+            decoded = sum(
+                cuts * sequences * _FILLED_UP * decoded_bytes(self.shape, known)
+                for _, cuts, _, known, sequences in counts
+            )
             fits = min(1.0, TRACE_CACHE_BYTES / decoded)
             kept += fits * decoded
             if split == "train":
-                # Drawn at random: what is in memory is hit in proportion.
-                reads = fits + (1 - fits) * params.steps / sequences
+                # Drawn at random: what is in memory is hit in proportion, and what was never drawn is never read.
+                drawn = params.steps * params.batch_size / examples
+                reads = min(1.0, drawn) if fits == 1 else drawn
             else:
                 # Read in turn: a memory that drops the least recently used and lacks one sequence never hits.
                 reads = 1.0 if fits == 1.0 else float(validations)
-            for tokens, count in counts:
-                work += Work(read=trace_bytes(self.shape, tokens, block)) * (count * reads)
+            for group, cuts, _, known, sequences in counts:
+                work += Work(read=self.trace_bytes(group, split)) * (sequences * reads)
                 if split == "train":
-                    step = step_work(policy, self.params.estimators[estimator], tokens, block)
-                    work += step * (params.steps * count / sequences)
+                    tokens = params.batch_size * _FILLED_UP * known
+                    step = step_work(policy, self.params.estimators[estimator], tokens)
+                    work += step * (params.steps * cuts * sequences / examples)
                 else:
-                    work += score_work(policy, tokens // 2 // block * block) * (count * validations)
-        longest = max(group.tokens for group in groups)
-        parts = step_memory(policy, self.params.estimators[estimator], longest, self.device.accelerator)
+                    work += score_work(policy, known) * (sequences * validations)
+        longest = max(self.cuts(group, "train")[2] for group in groups) * params.batch_size * _FILLED_UP
+        parts = step_memory(policy, self.params.estimators[estimator], round(longest), self.device.accelerator)
         disk = policy_bytes(policy) + _POINT_BYTES * policy.heads * (2 * params.steps + validations)
-        host = kept + _READ_AHEAD * decoded_bytes(self.shape, longest, block)
+        host = kept + _READ_AHEAD * decoded_bytes(self.shape, longest)
         return self.cost("train", f"{trained_on} {estimator}", work, disk, host, {**parts}, sum(parts.values()))
 
     def evaluate(self, benchmark: str) -> StageCost:
-        params, shape, budgets = self.params, self.shape, self.params.budgets(benchmark)
+        shape, budgets = self.shape, self.params.budgets(benchmark)
         trained, policies = self.trained, self.policies
         rows = policies * len(budgets) + 1  # no eviction
         row_flops = 2 * (shape.layers * shape.layer_weights + shape.vocabulary * shape.hidden)
@@ -249,14 +276,14 @@ class _Model:
             )
             # Caches are gathered, then copied to where there is room for new tokens.
             evicting = Work(moved=RANKING_BYTES * policies * shape.heads * ranked + 4 * evicted)
-            captured = capture_work(shape, group.tokens, self.item_bytes, params.traces)
+            # Importance is asked for at the middle and at the end of the context.
+            captured = capture_work(shape, group.tokens, self.item_bytes, recorded=0.75)
             work += (captured + score_work(self.policy, ranked) * trained + evicting + decoding) * group.test
             tokens += (group.tokens + rows * (scored + generated)) * group.test
             answer = _ANSWER_BYTES * _answers(group) + _LIKELIHOOD_BYTES * scored + _TEXT_BYTES * generated
             disk += (2 * policies * shape.heads * _COST_CURVE_BYTES + rows * answer) * group.test
-            # Blocks of half the context, and the rest.
-            prefill = capture_memory(shape, group.tokens, self.item_bytes, params.traces, blocks=3)
-            stays = prefill["weights"] + prefill["cache"] + prefill["records"]
+            prefill = capture_memory(shape, group.tokens, self.item_bytes, cuts=2)
+            stays = prefill["weights"] + prefill["cache"] + prefill["importances"]
             # While a budget's caches get room for new tokens they exist twice.
             twice = policies * min(budgets[-1], group.context) * shape.ranked_numbers * self.item_bytes
             if max(sum(prefill.values()), stays + evicted + twice) > peak:
@@ -274,8 +301,8 @@ class _Model:
     def texts(self, benchmark: str) -> StageCost:
         count = len(self.params.texts.tasks.get(benchmark, ("the first",)))
         group = self.groups(benchmark)[0]
-        parts = capture_memory(self.shape, group.tokens, self.item_bytes, self.params.traces)
-        work = capture_work(self.shape, group.tokens, self.item_bytes, self.params.traces)
+        parts = capture_memory(self.shape, group.tokens, self.item_bytes, cuts=2)
+        work = capture_work(self.shape, group.tokens, self.item_bytes, recorded=0.75)
         work += score_work(self.policy, 1.5 * group.context) * self.trained
         disk = count * self.policies * self.shape.heads * group.context * _RANK_BYTES
         host = self.weight_bytes if self.device.accelerator else 0

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pipeline.errors import PipelineError, one_line
 from pipeline.files import atomic_write, write_json
 from pipeline.models.layers import RankedLayer
-from pipeline.policy.inputs.base import INPUTS, AgentInput
+from pipeline.policy.inputs.base import INPUTS, AgentInput, CachedTokens
 from pipeline.section import PositiveInt, Section
 
 WEIGHTS_FILE, CONFIG_FILE = "policy.safetensors", "config.json"
@@ -148,7 +148,7 @@ class Policy(nn.Module):
 
     def _score(self, keys: Tensor, values: Tensor, heads: slice) -> Tensor:
         weights, biases = ([parameter[heads] for parameter in each] for each in (self.weights, self.biases))
-        inputs = self.inputs(keys, values, heads)
+        inputs = self.inputs(CachedTokens.whole(keys, values), heads)
         parts = torch.split(inputs, self._at_once(len(inputs)), dim=1)
         return torch.cat([run_agents(weights, biases, part) for part in parts], dim=1)
 
@@ -162,20 +162,20 @@ class Policy(nn.Module):
         limit = UNITS_PER_BLOCK.get(self.mean.device.type, 1 << 24)
         return max(1, limit // (others * self.shape.agent.hidden_width))
 
-    def states(self, keys: Tensor, values: Tensor) -> Tensor:
-        """What is to be normalised, as it is: (heads, n, head_dim) twice -> (heads, n, channels)."""
-        return torch.cat([entry.of(keys, values) for entry in self.seen if entry.normalised], dim=-1)
+    def states(self, tokens: CachedTokens) -> Tensor:
+        """What is to be normalised, as it is: (heads, n, channels)."""
+        return torch.cat([entry.of(tokens) for entry in self.seen if entry.normalised], dim=-1)
 
     @torch.no_grad()
-    def inputs(self, keys: Tensor, values: Tensor, heads: slice) -> Tensor:
-        """What the agents of ``heads`` see, normalised: (heads, n, head_dim) twice -> (heads, n, inputs) float32."""
-        inputs = self.mean.new_empty(*keys.shape[:2], self.shape.widths[0])
+    def inputs(self, tokens: CachedTokens, heads: slice) -> Tensor:
+        """What the agents of ``heads`` see of these heads' tokens, normalised: (heads, n, inputs) float32."""
+        inputs = self.mean.new_empty(*tokens.keys.shape[:2], self.shape.widths[0])
         mean, std = self.mean[heads], self.std[heads]
         first = channel = 0
         for entry in self.seen:
             width = entry.width(self.shape.head_dim)
             # In place: the copies would cost more than the arithmetic.
-            column = inputs[..., first : first + width].copy_(entry.of(keys, values))
+            column = inputs[..., first : first + width].copy_(entry.of(tokens))
             if entry.normalised:
                 statistics = slice(channel, channel + width)
                 column.sub_(mean[..., statistics]).div_(std[..., statistics])

@@ -23,16 +23,19 @@ def rank(scores: Tensor) -> Tensor:
     return scores.shape[-1] - 1 - order
 
 
-def total_cost(importance: Tensor, ranking: Tensor) -> Tensor:
-    """Cost summed over all budgets 1 .. n-1: (..., n), (..., n) -> (...)."""
-    ranks = torch.arange(ranking.shape[-1], device=ranking.device, dtype=importance.dtype)
+def total_cost(importance: Tensor, ranking: Tensor, count: Tensor | None = None) -> Tensor:
+    """Cost summed over all budgets 1 .. n-1: (..., n), (..., n) -> (...).
+
+    Where only a sample of the tokens is known, ``count`` (..., n) says how many each stands for
+    (``pipeline/traces/example.py``) and ``importance`` is that of all of these together: ranks become their sums, and
+    the cost an unbiased estimate.
+    """
+    if count is None:
+        ranks = torch.arange(ranking.shape[-1], device=ranking.device, dtype=importance.dtype)
+    else:
+        counts = count.expand(ranking.shape).gather(-1, ranking)
+        ranks = counts.cumsum(-1) - counts
     return (importance.expand(ranking.shape).gather(-1, ranking) * ranks).sum(-1)
-
-
-def optimal_total_cost(importance: Tensor) -> Tensor:
-    """Cost of the best order (importance, descending): (..., n) -> (...). The reward is normalised by it."""
-    ranks = torch.arange(importance.shape[-1], device=importance.device, dtype=importance.dtype)
-    return (importance.sort(dim=-1, descending=True).values * ranks).sum(-1)
 
 
 def cost_at_budgets(importance: Tensor, ranking: Tensor, budgets: Tensor) -> Tensor:

@@ -1,18 +1,13 @@
 """Train all agents of a model from stored traces (paper, Algorithm 1). The language model is never run.
 
-Each step draws a sequence and a cache size, scores its tokens with every agent, and follows the gradient
-of its estimator (``pipeline/policy/estimators``). Every draw depends on (seed, step) only, so
-a run resumed from a checkpoint ends with the same bytes. This file knows no MLflow: curves go to Parquet.
+Each step draws some examples (``pipeline/policy/batches.py``), scores their tokens with every agent, and follows the
+gradient of its estimator (``pipeline/policy/estimators``). This file knows no MLflow: curves go to Parquet.
 """
 
-import functools
-import hashlib
 import math
-import threading
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from queue import Queue
 from typing import Annotated, Any
 
 import torch
@@ -22,16 +17,18 @@ from torch import Tensor
 from pipeline.errors import PipelineError
 from pipeline.files import atomic_write
 from pipeline.policy.agents import AgentParams, Policy, PolicyShape, run_agents, save_policy
+from pipeline.policy.batches import Batch, read_batches
 from pipeline.policy.estimators.base import Estimator
+from pipeline.policy.inputs.base import CachedTokens
 from pipeline.policy.progress import CHECKPOINT_FILE, Curves, resume, save_checkpoint
-from pipeline.policy.ranking import optimal_total_cost, rank, total_cost
+from pipeline.policy.ranking import rank, total_cost
 from pipeline.section import PositiveInt, Section, Seed
-from pipeline.traces.importance import future_importance
-from pipeline.traces.shards import TraceReader, remove_unfinished
+from pipeline.traces.draws import generator
+from pipeline.traces.shards import ExampleReader, remove_unfinished
 
 CURVES_FILE = "curves.parquet"
 # Statistics of keys and values need no more than this many, taken evenly: samples may be sorted by task.
-NORMALISATION_SEQUENCES = 32
+NORMALISATION_EXAMPLES = 64
 
 
 class TrainParams(Section):
@@ -39,6 +36,7 @@ class TrainParams(Section):
 
     agent: AgentParams
     steps: PositiveInt
+    batch_size: PositiveInt
     learning_rate: Annotated[float, Field(gt=0)]
     final_learning_rate: Annotated[float, Field(gt=0)]
     warmup_steps: Annotated[int, Field(ge=0)]
@@ -48,14 +46,6 @@ class TrainParams(Section):
     validate_every: PositiveInt
     checkpoint_every: PositiveInt
     seed: Seed
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What one training step looks at: a sequence and how much of it is the cache."""
-
-    sequence: int
-    cache_size: int
 
 
 def learning_rate(step: int, params: TrainParams) -> float:
@@ -70,8 +60,8 @@ def learning_rate(step: int, params: TrainParams) -> float:
 
 def train_policy(
     work: Path,
-    reader: TraceReader,
-    validation: TraceReader,
+    reader: ExampleReader,
+    validation: ExampleReader,
     estimator: Estimator,
     params: TrainParams,
     config: dict[str, Any],
@@ -94,18 +84,11 @@ def train_policy(
     Raises
     ------
     PipelineError
-        The traces are too short for a single block, the checkpoint is damaged, or the training diverges.
+        Traces or the checkpoint are damaged, or the training diverges.
     """
     trace = reader.shape
     shape = PolicyShape(trace.layers, trace.kv_heads, trace.head_dim, params.agent)
-    for source in (reader, validation):
-        shortest = min(source.sequences, key=lambda sequence: sequence.tokens)
-        if shortest.tokens <= trace.block_size:
-            raise PipelineError(
-                f"{source.root}: sample {shortest.sample_id} has {shortest.tokens} tokens, not more than "
-                f"traces.block_size = {trace.block_size}; lower the block size or use longer samples."
-            )
-    policy = Policy(shape, _generator(params.seed, "weights")).to(device)
+    policy = Policy(shape, generator(params.seed, "weights")).to(device)
     _normalise(policy, reader)
     # Fused: one pass over parameters, gradients and moments instead of one for each operation.
     optimizer = torch.optim.AdamW(
@@ -114,10 +97,11 @@ def train_policy(
     curves = Curves(shape, trace.layer_numbers)
     done = resume(work, policy, optimizer, curves)
     advance(done, "resumed" if done else "starting")
-    for step, (keys, values, importance, uniform) in _prefetch(reader, estimator, params, done, device):
+    steps = range(done, params.steps)
+    for step, batch in read_batches(reader, estimator, params.batch_size, params.seed, steps, device):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, params)
-        loss = compute_gradients(policy, keys, values, functools.partial(_loss, estimator, importance, uniform))
+        loss = compute_gradients(policy, batch, estimator)
         norms = clip_gradients(policy, params.gradient_clip)
         optimizer.step()
         curves.add(step, "loss", loss)
@@ -138,36 +122,22 @@ def train_policy(
     remove_unfinished(work)
 
 
-def _loss(estimator: Estimator, importance: Tensor, uniform: Tensor, scores: Tensor, heads: slice) -> Tensor:
-    """The losses of some heads of a step."""
-    return estimator.loss(scores, importance[heads], uniform[:, heads])
+def compute_gradients(policy: Policy, batch: Batch, estimator: Estimator) -> Tensor:
+    """Put each agent's gradient into the parameters' ``grad``; returns the losses, (heads,): means over the examples.
 
-
-def draw_uniform(estimator: Estimator, params: TrainParams, step: int, heads: int, tokens: int) -> Tensor:
-    """What the rankings of a step are made of: (rankings, heads, tokens) in [0, 1).
-
-    It depends on seed and step only. Drawn on the CPU, because a GPU's generators draw other numbers.
-    """
-    return torch.rand(estimator.rankings, heads, tokens, generator=_generator(params.seed, "rankings", step))
-
-
-def compute_gradients(
-    policy: Policy, keys: Tensor, values: Tensor, loss_of: Callable[[Tensor, slice], Tensor]
-) -> Tensor:
-    """Put each agent's gradient into the parameters' ``grad``; returns the losses, (heads,).
-
-    Agents share nothing, so blocks of them go forward and backward in turn (``Policy.blocks``). ``keys`` and ``values``
-    are (heads, n, head_dim), of any floating dtype.
+    Agents share nothing, so blocks of them go forward and backward in turn (``Policy.blocks``).
     """
     parameters = [*policy.weights, *policy.biases]
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.empty_like(parameter)
     losses = []
-    for heads in policy.blocks(keys.shape[1]):
+    for heads in policy.blocks(batch.tokens.keys.shape[1]):
         leaves = [parameter.detach()[heads].requires_grad_() for parameter in parameters]
         weights, biases = leaves[: len(policy.weights)], leaves[len(policy.weights) :]
-        loss = loss_of(run_agents(weights, biases, policy.inputs(keys[heads], values[heads], heads)), heads)
+        target = batch.target[heads]
+        scores = run_agents(weights, biases, policy.inputs(batch.tokens[heads], heads)).view_as(target.importance)
+        loss = estimator.loss(scores, target, batch.uniform[:, heads]).mean(-1)
         # The gradient of the sum is each agent's own gradient.
         gradients = torch.autograd.grad(loss.sum(), leaves)
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -188,20 +158,15 @@ def clip_gradients(policy: Policy, limit: float) -> Tensor:
 
 
 @torch.no_grad()
-def validation_cost(policy: Policy, reader: TraceReader, device: str) -> Tensor:
-    """Normalised cost of the policy's ranking on held-out sequences, (heads,); 1.0 = best order.
+def validation_cost(policy: Policy, reader: ExampleReader, device: str) -> Tensor:
+    """Normalised cost of the policy's ranking of held-out examples, all tokens, (heads,); 1.0 = best order.
 
-    Each sequence is cut once, in its middle: the cache is its first half, the importance comes from its
-    second half. A head whose scores are not all finite costs NaN.
+    A head whose scores are not all finite costs NaN.
     """
-    block = reader.shape.block_size
     costs = []
-    for index, sequence in enumerate(reader.sequences):
-        keys, values, record = reader.read(index)
-        cache_size = max(1, sequence.tokens // 2 // block) * block
-        importance = _importance(record, cache_size, block, device)
-        scores = policy(keys[:, :cache_size].to(device), values[:, :cache_size].to(device))
-        cost = total_cost(importance, rank(scores)) / optimal_total_cost(importance)
+    for example in map(reader.read, range(len(reader.examples))):
+        scores = policy(example.keys.to(device), example.values.to(device))
+        cost = total_cost(example.importance.to(device), rank(scores)) / example.best_cost.to(device)
         # A ranking exists of any scores. Without a look at each of them, which would wait for the device each time:
         costs.append(torch.where(scores.isfinite().all(-1), cost, torch.nan))
     return torch.stack(costs).mean(0)
@@ -218,92 +183,27 @@ def _check_finite(step: int, estimator: Estimator, params: TrainParams, *values:
         )
 
 
-def _importance(record: Tensor, cache_size: int, block_size: int, device: str) -> Tensor:
-    # A token nobody looks at again may round to 0 in float16; the floor keeps the normaliser above 0.
-    return future_importance(record, cache_size, block_size).clamp_min(1e-10).to(device)
-
-
 @torch.no_grad()
-def _normalise(policy: Policy, reader: TraceReader) -> None:
+def _normalise(policy: Policy, reader: ExampleReader) -> None:
     if not policy.shape.channels:
         return
-    available = len(reader.sequences)
-    count = min(NORMALISATION_SEQUENCES, available)
-    total, squares, tokens = torch.zeros(()), torch.zeros(()), 0
-    for sequence in (place * available // count for place in range(count)):
-        keys, values, _ = reader.read(sequence)
-        states = policy.states(keys, values).double()  # (heads, n, channels)
-        total = total + states.sum(1, keepdim=True)
-        squares = squares + states.square().sum(1, keepdim=True)
-        tokens += states.shape[1]
+    available = len(reader.examples)
+    taken = min(NORMALISATION_EXAMPLES, available)
+    total, squares, tokens = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    for example in (reader.read(place * available // taken) for place in range(taken)):
+        size = torch.tensor([[example.cache_size]])
+        states = policy.states(CachedTokens(example.keys, example.values, example.positions, size)).double()
+        count = example.count.double()[..., None]  # (heads, m, 1) beside (heads, m, channels)
+        total = total + (count * states).sum(1, keepdim=True)
+        squares = squares + (count * states.square()).sum(1, keepdim=True)
+        tokens = tokens + count.sum(1, keepdim=True)
     mean = total / tokens
     deviation = (squares / tokens - mean.square()).clamp_min(1e-12).sqrt()
     policy.mean.copy_(mean.float())
     policy.std.copy_(deviation.clamp_min(1e-4).float())
 
 
-def _generator(seed: int, purpose: str, step: int = 0) -> torch.Generator:
-    # Hashed, because torch's CPU generator looks at the low 32 bits of a seed only.
-    digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4]))
-
-
-def draw_cut(reader: TraceReader, params: TrainParams, step: int) -> Draw:
-    """What a step trains on: a sequence and a cache size, both uniform, decided by the seed and the step alone."""
-    generator = _generator(params.seed, "draws", step)
-    sequence = int(torch.randint(len(reader.sequences), (), generator=generator))
-    block = reader.shape.block_size
-    # Cache sizes are multiples of the block size with at least one token of future.
-    largest = (reader.sequences[sequence].tokens - 1) // block
-    return Draw(sequence, block * (1 + int(torch.randint(largest, (), generator=generator))))
-
-
-def _prefetch(
-    reader: TraceReader, estimator: Estimator, params: TrainParams, first: int, device: str
-) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor, Tensor]]]:
-    # One thread reads and draws ahead, so that a step waits neither for the disk nor for the way to the device.
-    queue: Queue[tuple[int, tuple[Tensor, Tensor, Tensor, Tensor]] | Exception] = Queue(maxsize=4)
-    stop = threading.Event()
-
-    def produce() -> None:
-        try:
-            for step in range(first, params.steps):
-                draw = draw_cut(reader, params, step)
-                keys, values, record = reader.read(draw.sequence)
-                importance = _importance(record, draw.cache_size, reader.shape.block_size, device)
-                keys, values = (_moved(states[:, : draw.cache_size], device) for states in (keys, values))
-                uniform = _moved(draw_uniform(estimator, params, step, *importance.shape), device)
-                item = (step, (keys, values, importance, uniform))
-                if stop.is_set():
-                    return
-                queue.put(item)
-        except Exception as error:  # handed to the consumer, which raises it
-            queue.put(error)
-
-    thread = threading.Thread(target=produce, daemon=True)
-    thread.start()
-    try:
-        for _ in range(first, params.steps):
-            item = queue.get()
-            if isinstance(item, Exception):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        while thread.is_alive():
-            while not queue.empty():
-                queue.get_nowait()
-            thread.join(timeout=0.05)
-
-
-def _moved(states: Tensor, device: str) -> Tensor:
-    if torch.device(device).type != "cuda":
-        return states.to(device)
-    # From pinned memory: several times the speed, and the thread does not wait for it.
-    return states.contiguous().pin_memory().to(device, non_blocking=True)
-
-
-def describe(params: TrainParams, reader: TraceReader, estimator: Estimator) -> dict[str, Any]:
+def describe(params: TrainParams, reader: ExampleReader, estimator: Estimator) -> dict[str, Any]:
     """Provenance of a training for the policy's config.json."""
     return {
         "estimator": estimator.name,
@@ -311,5 +211,6 @@ def describe(params: TrainParams, reader: TraceReader, estimator: Estimator) -> 
         "trained_on": reader.shape.benchmark,
         "params": params.model_dump(mode="json"),
         "trace_shape": asdict(reader.shape),
-        "training_sequences": len(reader.sequences),
+        "training_sequences": reader.sequences,
+        "training_examples": len(reader.examples),
     }

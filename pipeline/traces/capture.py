@@ -1,12 +1,13 @@
-"""Run a language model once and record, per layer, what its cache holds and which tokens get attended to.
+"""Run a language model once and measure, per layer, how much attention cached tokens get from what follows them.
 
-Capture is an attention function (``pipeline/models/attention.py``): model code stays as it is. The function computes
-ordinary causal attention in chunks of queries and, on the way, reduces the attention weights to the
-future-attention record (``pipeline/traces/importance.py``), so memory is O(tokens x query_chunk), never tokens x
-tokens for all heads. Layers that slide over a window run as they always do and leave no record. Logits and weights
-are float32, whatever the model's dtype.
+Capture is an attention function (``pipeline/models/attention.py``): model code stays as it is. Queries whose attention
+nobody asks for go through torch's fused kernel. The others are computed in chunks, and their weights are added up on
+the way, so memory is the cache, a chunk of queries, and a number per token, head and cut, never tokens x tokens. Layers
+that slide over a window run as they always do and leave nothing. Logits and weights are float32, whatever the model's
+dtype.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +23,9 @@ from pipeline.models.attention import attention_function, attention_weights
 from pipeline.models.forward import require_finite, run_model
 from pipeline.models.layers import ModelLayer, RankedLayer, layer_number
 from pipeline.models.layout import cache_layout
+
+# Attention weights that are held at once: on a CPU so many that they stay in its cache, on a GPU enough to fill it.
+WEIGHTS_PER_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 28}
 
 
 @dataclass(frozen=True)
@@ -39,35 +43,31 @@ class Tails:
     cuts: tuple[int, ...] = ()
     queries: int = 0
 
+    def first(self, cut: int) -> int:
+        """Position of the first query before ``cut``."""
+        return max(0, cut - self.queries)
+
 
 @dataclass
 class Recorder:
-    """Collects the record of one sequence while the model runs.
+    """Collects what is measured while the model runs.
 
     Attributes
     ----------
-    block_size
-        Queries per entry of the record. Block ``b`` holds the queries at positions
-        ``b * block_size .. (b + 1) * block_size - 1``.
-    query_chunk
-        Queries whose attention weights are held at once.
+    cuts
+        Cache sizes at which importance is asked for.
     windows
         Number of a layer that slides over a window -> tokens that a query sees there, itself included.
     tails
         Whose attention weights are kept.
     observe
         Called with each recorded layer as soon as its attention is computed.
-    records
-        layer -> (kv_heads, tokens, blocks) float32: attention mass that each token receives from each
-        block of queries; the maximum over the query heads of a group, summed over the block.
     """
 
-    block_size: int
-    query_chunk: int
+    cuts: tuple[int, ...]
     windows: Mapping[ModelLayer, int] = field(default_factory=dict)
     tails: Tails = Tails()
     observe: Callable[["ObservedLayer"], None] | None = None
-    records: dict[ModelLayer, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,9 @@ class ObservedLayer:
         The layer's number in the model.
     keys, values
         (kv_heads, tokens, head_dim), model dtype; keys after RoPE, as they stand in the cache.
+    importance
+        cut -> (kv_heads, cut) float32: the attention that the first ``cut`` tokens receive from the new queries behind
+        them, the maximum over the query heads of a group, summed over the queries (paper, section "Reward").
     tails
         cut -> (heads, queries, cut) float32: attention of the last queries before each cut (:class:`Tails`).
     """
@@ -87,24 +90,8 @@ class ObservedLayer:
     number: ModelLayer
     keys: Tensor
     values: Tensor
+    importance: Mapping[int, Tensor]
     tails: Mapping[int, Tensor]
-
-
-@dataclass(frozen=True)
-class LayerTrace:
-    """What one layer leaves behind for one sequence of n tokens.
-
-    Attributes
-    ----------
-    keys, values
-        (kv_heads, n, head_dim), model dtype; keys after RoPE, as they stand in the cache.
-    record
-        (kv_heads, n, blocks) float32, see :class:`Recorder`.
-    """
-
-    keys: Tensor
-    values: Tensor
-    record: Tensor
 
 
 def capture_attention(
@@ -121,7 +108,7 @@ def capture_attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention that fills ``recorder``; signature of transformers' attention interface.
+    """Causal attention that reports to ``recorder``; signature of transformers' attention interface.
 
     Parameters
     ----------
@@ -138,11 +125,6 @@ def capture_attention(
     -------
     output
         (1, q, heads, head_dim), query's dtype.
-
-    Notes
-    -----
-    With grouped-query attention the importance of a token is its maximum over the query heads of the
-    group, as in the paper's reward (section "Reward"; not the mean).
     """
     if query.shape[0] != 1 or attention_mask is not None:
         raise PipelineError("Attention is captured for one sequence at a time, without padding.")
@@ -150,12 +132,13 @@ def capture_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = recorder.windows.get(number)
     if window is not None:
-        output = _sliding_attention(query[0], key[0], value[0], scaling, window, recorder.query_chunk, softcap, s_aux)
+        output = _sliding_attention(query[0], key[0], value[0], scaling, window, softcap, s_aux)
         return output[None].transpose(1, 2).contiguous(), None
-    output, record, tails = recorded_attention(query[0], key[0], value[0], scaling, recorder, softcap, s_aux)
-    recorder.records[number] = record
+    output, importance, tails = recorded_attention(
+        query[0], key[0], value[0], scaling, recorder.cuts, recorder.tails, softcap, s_aux
+    )
     if recorder.observe is not None:
-        recorder.observe(ObservedLayer(number, key[0], value[0], tails))
+        recorder.observe(ObservedLayer(number, key[0], value[0], importance, tails))
     return output[None].transpose(1, 2).contiguous(), None
 
 
@@ -164,11 +147,12 @@ def recorded_attention(
     key: Tensor,
     value: Tensor,
     scaling: float,
-    recorder: Recorder,
+    cuts: tuple[int, ...],
+    tails: Tails = Tails(),
     softcap: float | None = None,
     sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-    """Causal attention, its record and its tails, from one softmax over each chunk of queries.
+) -> tuple[Tensor, dict[int, Tensor], dict[int, Tensor]]:
+    """Causal attention, importances and tails; one softmax over each chunk of the queries that they are made of.
 
     Parameters
     ----------
@@ -176,8 +160,8 @@ def recorded_attention(
         (heads, q, head_dim), the last q positions of ``tokens``.
     key, value
         (kv_heads, tokens, head_dim), of the same dtype.
-    recorder
-        Only its sizes are read.
+    cuts
+        Cache sizes, each at most ``tokens``.
     softcap, sinks
         As in :func:`pipeline.models.attention.attention_weights`; sinks are (heads,).
 
@@ -185,34 +169,51 @@ def recorded_attention(
     -------
     output
         (heads, q, head_dim), query's dtype.
-    record
-        (kv_heads, tokens, blocks) float32, see :class:`Recorder`; each block is contiguous.
-    tails
+    importance, tails
         As in :class:`ObservedLayer`.
     """
     heads, q_len, head_dim = query.shape
     kv_heads, tokens = key.shape[:2]
-    groups, block_size = heads // kv_heads, recorder.block_size
     offset = tokens - q_len  # position of the first query
-    product = _product(key)
-    grouped = query.view(kv_heads, groups, q_len, head_dim)
-    columns = None if sinks is None else sinks.view(kv_heads, groups, 1, 1)
+    grouped = query.view(kv_heads, heads // kv_heads, q_len, head_dim)
     output = torch.empty_like(grouped)
     dtype = torch.promote_types(query.dtype, torch.float32)
-    record = torch.zeros(kv_heads, -(-tokens // block_size), tokens, dtype=dtype, device=query.device)
-    tails = {
-        cut: torch.zeros(heads, min(recorder.tails.queries, cut), cut, dtype=dtype, device=query.device)
-        for cut in recorder.tails.cuts
+    places = sorted(set(cuts))
+    # From the queries between a cut and the next one.
+    received = {cut: torch.zeros(kv_heads, cut, dtype=dtype, device=query.device) for cut in places}
+    kept = {
+        cut: torch.zeros(*grouped.shape[:2], cut - tails.first(cut), cut, dtype=dtype, device=query.device)
+        for cut in tails.cuts
     }
-    for start, stop in _chunks(offset, q_len, recorder.query_chunk):
-        visible = offset + stop
-        weights = _weights(product(grouped[:, :, start:stop], visible, scaling), softcap, columns)
-        rows = weights.to(value.dtype).flatten(1, 2)  # (kv_heads, groups * size, visible)
-        output[:, :, start:stop] = torch.bmm(rows, value[:, :visible]).view(kv_heads, groups, -1, head_dim)
-        _add_up(record, weights.amax(dim=1), offset + start, block_size)
-        for cut, tail in tails.items():
-            _keep_tail(tail, weights.flatten(0, 1), offset + start, cut)
-    return output.view(heads, q_len, head_dim), record.transpose(1, 2), tails
+    # torch's kernel looks at as many keys as there are queries, and knows neither caps nor sinks.
+    plain = offset == 0 and softcap is None and sinks is None
+    start = min([q_len, *places, *map(tails.first, tails.cuts)]) if plain else 0
+    if start:
+        fused = F.scaled_dot_product_attention(
+            query[None, :, :start],
+            key[None, :, :start],
+            value[None, :, :start],
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=heads != kv_heads,
+        )
+        output[:, :, :start] = fused.view(kv_heads, -1, start, head_dim)
+    together = kv_heads if query.device.type == "cuda" else 1
+    size = _at_once(heads // kv_heads * together * tokens, query.device.type)
+    for block in (slice(head, head + together) for head in range(0, kv_heads, together)):
+        product, sink = _product(key[block]), None if sinks is None else sinks.view(kv_heads, -1, 1, 1)[block]
+        for first, last in _chunks(offset + start, tokens, places, size):
+            rows = slice(first - offset, last - offset)
+            weights = _weights(product(grouped[block, :, rows], last, scaling), softcap, sink)
+            by_head = weights.to(value.dtype).flatten(1, 2)  # (together, groups * size, visible)
+            output[block, :, rows] = torch.bmm(by_head, value[block, :last]).view_as(output[block, :, rows])
+            if before := [cut for cut in places if cut <= first]:
+                received[before[-1]][block] += weights[..., : before[-1]].amax(dim=1).sum(dim=1)
+            for cut, tail in kept.items():
+                _keep_tail(tail[block], weights, first, cut)
+    for cut, later in reversed(list(itertools.pairwise(places))):
+        received[cut] += received[later][:, :cut]
+    return output.view(heads, q_len, head_dim), received, {cut: tail.flatten(0, 1) for cut, tail in kept.items()}
 
 
 def _product(key: Tensor) -> Callable[[Tensor, int, float], Tensor]:
@@ -236,16 +237,17 @@ def _product(key: Tensor) -> Callable[[Tensor, int, float], Tensor]:
     return product
 
 
-def _chunks(offset: int, q_len: int, chunk: int) -> Iterator[tuple[int, int]]:
-    """Cut queries at positions ``offset .. offset + q_len - 1`` where a position is a multiple of ``chunk``.
+def _chunks(first: int, tokens: int, places: list[int], size: int) -> Iterator[tuple[int, int]]:
+    """Cut the queries at positions ``first .. tokens - 1`` at every place, and into chunks of at most ``size``."""
+    while first < tokens:
+        last = min(first + size, tokens, *(place for place in places if place > first))
+        yield first, last
+        first = last
 
-    So a block whose size divides the chunk's lies in one chunk, and its sum is the same however a sequence is cut.
-    """
-    start = 0
-    while start < q_len:
-        stop = min(q_len, start + chunk - (offset + start) % chunk)
-        yield start, stop
-        start = stop
+
+def _at_once(weights: int, device: str) -> int:
+    """Queries that are computed at once where each has so many ``weights``."""
+    return max(1, WEIGHTS_PER_CHUNK.get(device, 1 << 24) // weights)
 
 
 def _weights(logits: Tensor, softcap: float | None, sinks: Tensor | None) -> Tensor:
@@ -265,34 +267,18 @@ def _weights(logits: Tensor, softcap: float | None, sinks: Tensor | None) -> Ten
 
 
 def _keep_tail(tail: Tensor, weights: Tensor, position: int, cut: int) -> None:
-    """Copy the rows that belong to a tail (heads, queries, cut).
+    """Copy the rows that belong to a tail (..., queries, cut).
 
     Parameters
     ----------
     weights
-        (heads, size, visible), of the queries at ``position .. position + size - 1``.
+        (..., size, visible), of the queries at ``position .. position + size - 1``.
     """
-    first = cut - tail.shape[1]  # position of the tail's first query
-    low, high = max(position, first), min(position + weights.shape[1], cut)
+    first = cut - tail.shape[-2]  # position of the tail's first query
+    low, high = max(position, first), min(position + weights.shape[-2], cut)
     if low < high:
-        seen = min(weights.shape[2], cut)
-        tail[:, low - first : high - first, :seen] = weights[:, low - position : high - position, :seen]
-
-
-def _add_up(record: Tensor, strongest: Tensor, position: int, block_size: int) -> None:
-    """Sum attention over blocks of queries into the record.
-
-    Parameters
-    ----------
-    record
-        (kv_heads, blocks, tokens), added to: a block may be larger than a chunk of queries.
-    strongest
-        (kv_heads, size, visible), of the queries at ``position .. position + size - 1``.
-    """
-    visible = strongest.shape[-1]
-    for block in range(position // block_size, -(-visible // block_size)):
-        first, last = (max(edge * block_size - position, 0) for edge in (block, block + 1))
-        record[:, block, :visible] += strongest[:, first:last].sum(dim=1)
+        seen = min(weights.shape[-1], cut)
+        tail[..., low - first : high - first, :seen] = weights[..., low - position : high - position, :seen]
 
 
 def _sliding_attention(
@@ -301,7 +287,6 @@ def _sliding_attention(
     value: Tensor,
     scaling: float,
     window: int,
-    chunk: int,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
@@ -310,9 +295,10 @@ def _sliding_attention(
     offset = tokens - q_len  # position of the first query
     grouped = query.view(kv_heads, heads // kv_heads, *query.shape[1:])
     columns = None if sinks is None else sinks.view(kv_heads, -1, 1, 1)
+    size = min(window, _at_once(heads * min(2 * window, tokens), query.device.type))
     outputs = []
-    for start in range(0, q_len, chunk):
-        stop = min(start + chunk, q_len)
+    for start in range(0, q_len, size):
+        stop = min(start + size, q_len)
         first, last = max(offset + start - window + 1, 0), offset + stop  # tokens that any of these queries sees
         position = torch.arange(offset + start, last, device=query.device)[:, None]
         token = torch.arange(first, last, device=query.device)
@@ -341,12 +327,11 @@ def run_captured(
     model: PreTrainedModel,
     input_ids: Tensor,
     cache: DynamicCache,
-    block_size: int,
-    query_chunk: int,
-    tails: Tails | None = None,
+    cuts: tuple[int, ...],
+    tails: Tails = Tails(),
     observe: Callable[[RankedLayer, ObservedLayer], None] | None = None,
-) -> list[Tensor]:
-    """Append ``input_ids`` to ``cache`` and return the record of the new queries.
+) -> dict[int, Tensor]:
+    """Append ``input_ids`` to ``cache`` and return how much attention the new queries give to what lies before them.
 
     Parameters
     ----------
@@ -354,6 +339,8 @@ def run_captured(
         (q,) int64 token ids that follow what the cache holds.
     cache
         A ``DynamicCache()`` that was given no config: sliding layers keep every token in it, like the others.
+    cuts
+        Cache sizes, each at most that of the cache after the call.
     tails
         Whose attention weights ``observe`` wants to see; the queries must be among the new ones.
     observe
@@ -361,8 +348,9 @@ def run_captured(
 
     Returns
     -------
-    One (kv_heads, tokens, blocks) float32 tensor per layer of :attr:`pipeline.models.layout.CacheLayout.ranked`,
-    ``tokens`` counting the cache after the call.
+    cut -> (layers, kv_heads, cut) float32, see :class:`ObservedLayer`; layers are those of
+    :attr:`pipeline.models.layout.CacheLayout.ranked`. Where all queries behind a cut are new ones, and the text is what
+    truly follows, this is the future importance of the paper's reward.
 
     Raises
     ------
@@ -371,30 +359,18 @@ def run_captured(
         attention weight or a logit is not finite.
     """
     layout = cache_layout(model)
+    importance: dict[int, list[Tensor]] = {cut: [] for cut in cuts}
 
     def finished(layer: ObservedLayer) -> None:
-        for what, states in (("key", layer.keys), ("value", layer.values)):
-            require_finite(model, states, f"a {what} of layer {layer.number}")
+        weights = [("an attention weight", states) for states in layer.importance.values()]
+        for what, states in [("a key", layer.keys), ("a value", layer.values), *weights]:
+            require_finite(model, states, f"{what} of layer {layer.number}")
+        for cut, received in layer.importance.items():
+            importance[cut].append(received)
         if observe is not None:
             observe(RankedLayer(layout.ranked.index(layer.number)), layer)
 
-    recorder = Recorder(block_size, query_chunk, layout.windows, tails or Tails(), finished)
+    recorder = Recorder(cuts, layout.windows, tails, finished)
     with attention_function(model, partial(capture_attention, recorder=recorder)):
         run_model(model, input_ids[None], cache, cache.get_seq_length(), keep=1)
-    records = [recorder.records[layer] for layer in layout.ranked]
-    for layer, record in zip(layout.ranked, records, strict=True):
-        require_finite(model, record, f"an attention weight of layer {layer}")
-    return records
-
-
-def capture_sequence(model: PreTrainedModel, input_ids: Tensor, block_size: int, query_chunk: int) -> list[LayerTrace]:
-    """Prefill one sequence of n token ids; returns one :class:`LayerTrace` per layer that sees the whole context."""
-    cache = DynamicCache()
-    records = run_captured(model, input_ids, cache, block_size, query_chunk)
-    traces = []
-    for number, record in zip(cache_layout(model).ranked, records, strict=True):
-        layer = cache.layers[number]
-        assert layer.keys is not None
-        assert layer.values is not None
-        traces.append(LayerTrace(keys=layer.keys[0], values=layer.values[0], record=record))
-    return traces
+    return {cut: torch.stack(layers) for cut, layers in importance.items()}

@@ -53,9 +53,7 @@ def main(
             making = Making(name, {"source": source}, weights, tokenizer, scratch / "samples")
             samples = benchmark.build(making)["test"]
             with progress(f"harness {name}", len(samples)) as advance:
-                ours = own_answers(
-                    benchmark, samples, language_model, tokenizer, params.evaluation, params.traces, advance
-                )
+                ours = own_answers(benchmark, samples, language_model, tokenizer, params.evaluation, advance)
             harness = harness_answers(benchmark, source, samples, weights, dtype, device, scratch / "harness")
         found = compare(harness, ours, TOLERANCE[getattr(torch, dtype)])
         counts = (found.same_tokens, found.same_outcome, found.same_likelihoods)

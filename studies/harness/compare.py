@@ -25,7 +25,6 @@ from pipeline.eviction.budget import EvaluationParams
 from pipeline.files import write_text
 from pipeline.samples.rows import Row
 from pipeline.samples.sample import Sample
-from pipeline.traces.importance import TracesParams
 
 # Kind of a benchmark -> its definition below lm_eval/tasks.
 DEFINITIONS = {
@@ -184,11 +183,10 @@ def own_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     evaluation: EvaluationParams,
-    traces: TracesParams,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Answered]:
     """The same samples as the sweep answers them from the uncompressed cache; ``advance`` is called after each."""
-    sweep = Sweep(model, tokenizer, {}, {}, evaluation, traces, budgets=())
+    sweep = Sweep(model, tokenizer, {}, {}, evaluation, budgets=())
     answered = []
     for sample in samples:
         cache, rows = evict(sweep.prefill(sample, seed=0), {}, (), sweep.layout.windows, reserve(sample))

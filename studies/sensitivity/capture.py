@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from pipeline.files import write_json
 from pipeline.samples.sample import Sample
 from pipeline.traces.build import build_traces
-from pipeline.traces.importance import TracesParams
+from pipeline.traces.params import TracesParams
 from studies.sensitivity.hidden import build_hidden_states
 from studies.sensitivity.params import StudySensitivity
 from studies.sensitivity.trace_sets import HIDDEN, LONGER_HIDDEN, LONGER_TRACES

@@ -31,7 +31,8 @@ from pipeline.models.forward import run_model
 from pipeline.models.layers import ModelLayer
 from pipeline.models.layout import cache_layout
 from pipeline.samples.sample import Sample
-from pipeline.traces.shards import MANIFEST, TraceReader, as_float16, remove_unfinished, shard_name
+from pipeline.traces.example import RankingExample
+from pipeline.traces.shards import MANIFEST, ExampleReader, as_float16, remove_unfinished
 
 
 @contextmanager
@@ -144,7 +145,7 @@ def write_hidden_shard(
             }
             for index, sample_id, states in sequences:
                 for layer, writer in writers.items():
-                    vectors = as_float16(states[layer], sample_id, layer, "hidden state")  # (n, width)
+                    vectors = as_float16(states[layer], sample_id, layer, "hidden state").cpu().numpy()  # (n, width)
                     columns = [
                         pa.array(np.full(len(vectors), index, np.int32)),
                         pa.array(np.arange(len(vectors), dtype=np.int32)),
@@ -160,8 +161,8 @@ def write_hidden_manifest(root: Path, width: int) -> None:
     write_json(root / MANIFEST, {"hidden_size": width, "files": files})
 
 
-class HiddenReader(TraceReader):
-    """Traces with the hidden states in place of the keys, and values of width 0; otherwise as :class:`TraceReader`.
+class HiddenReader(ExampleReader):
+    """Examples with hidden states in place of the keys, and values of width 0; otherwise as :class:`ExampleReader`.
 
     Parameters
     ----------
@@ -172,7 +173,7 @@ class HiddenReader(TraceReader):
     Raises
     ------
     PipelineError
-        As for :class:`TraceReader`, of either directory.
+        As for :class:`ExampleReader`, of either directory.
     """
 
     def __init__(
@@ -185,9 +186,9 @@ class HiddenReader(TraceReader):
         sequences: Sequence[int] | None = None,
     ) -> None:
         super().__init__(root, split, cache_bytes, layers, sequences)
-        self._traces = TraceReader(root, split, 0, layers, sequences)
+        self._traces = ExampleReader(root, split, 0, layers, sequences)
         self._hidden = hidden
-        self._states: dict[Path, pq.ParquetFile] = {}
+        self._right: set[Path] = set()
         try:
             manifest = json.loads((hidden / MANIFEST).read_text())
             self.shape = replace(self.shape, head_dim=manifest["hidden_size"])
@@ -197,28 +198,29 @@ class HiddenReader(TraceReader):
                 f"{hidden / MANIFEST} cannot be read ({error}); run the stage sensitivity_traces again."
             ) from None
 
-    def _read(self, layers: Sequence[int], sequence: int) -> tuple[Tensor, Tensor, Tensor]:
-        states, nothing, record = zip(*(self._read_one(layer, sequence) for layer in layers), strict=True)
-        return torch.cat(states), torch.cat(nothing), torch.cat(record)
+    def _read(self, index: int) -> RankingExample:
+        example = self._traces.read(index)
+        positions = torch.split(example.positions, self.shape.kv_heads)  # of each layer, (kv_heads, m)
+        # All KV heads of a layer look at the same hidden states.
+        states = [
+            self._states(layer, index)[places.long()]
+            for layer, places in zip(self.shape.layer_numbers, positions, strict=True)
+        ]
+        return replace(example, keys=torch.cat(states), values=example.values[..., :0])
 
-    def _read_one(self, layer: int, sequence: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden states (kv_heads, n, hidden_size), nothing (kv_heads, n, 0), record (kv_heads, n, blocks), float16."""
-        info, kv_heads = self.sequences[sequence], self.shape.kv_heads
-        _, _, record = self._traces.read_layer(layer, sequence)
-        column = self._file(layer, info.shard).read_row_group(info.group, columns=["hidden"], use_threads=False)[0]
-        flat = np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks])
-        states = torch.from_numpy(flat).view(1, info.tokens, self.shape.head_dim).expand(kv_heads, -1, -1)
-        return states, states.new_zeros(kv_heads, info.tokens, 0), record
-
-    def _file(self, layer: int, shard: int) -> pq.ParquetFile:
-        path = _path(self._hidden, self.split, layer, shard)
-        if path not in self._states:
+    def _states(self, layer: int, index: int) -> Tensor:
+        """The hidden states of a layer in the sequence of an example, (n, hidden_size) float16."""
+        path = _path(self._hidden, self.split, layer, self._places[index][0])
+        if path not in self._right:
             expected = self._sums.get(str(path.relative_to(self._hidden)))
             if not path.is_file() or hash_file(path) != expected:
                 raise PipelineError(f"{path} is missing or was changed; run the stage sensitivity_traces again.")
-            self._states[path] = pq.ParquetFile(path, memory_map=True)
-        return self._states[path]
+            self._right.add(path)
+        wanted = [("sequence", "=", self.examples[index].sequence)]
+        column = pq.read_table(path, columns=["hidden"], filters=wanted, use_threads=False, partitioning=None)[0]
+        flat = np.concatenate([chunk.flatten().to_numpy() for chunk in column.chunks])
+        return torch.from_numpy(flat).view(-1, self.shape.head_dim)
 
 
 def _path(root: Path, split: str, layer: int, shard: int) -> Path:
-    return root / split / f"hidden={layer:02d}" / f"{shard_name(shard)}.parquet"
+    return root / split / f"hidden={layer:02d}" / f"shard-{shard:05d}.parquet"

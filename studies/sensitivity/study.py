@@ -13,7 +13,7 @@ from pipeline.files import atomic_write
 from pipeline.policy.agents import load_policy
 from pipeline.policy.estimators.base import Estimator
 from pipeline.policy.train import CURVES_FILE, TrainParams, describe, train_policy, validation_cost
-from pipeline.traces.shards import TraceReader
+from pipeline.traces.shards import ExampleReader
 from studies.sensitivity.columns import BASE, COST_SCHEMA, STUDY_COLUMNS
 from studies.sensitivity.params import StudySensitivity
 from studies.sensitivity.trace_sets import TraceSet
@@ -65,7 +65,7 @@ def run_study(
     """
 
     @cache
-    def reader(source: TraceSet, split: str, hidden: bool) -> TraceReader:
+    def reader(source: TraceSet, split: str, hidden: bool) -> ExampleReader:
         return source.reader(split, hidden, cache_bytes, sensitivity.layers)
 
     frames = []
@@ -81,7 +81,7 @@ def run_study(
                     hidden = training.sees_hidden
                     chosen = reader(source, "train", hidden)
                     if training.fraction < 1:
-                        kept = subset(len(chosen.sequences), training.fraction, seed)
+                        kept = subset(chosen.sequences, training.fraction, seed)
                         chosen = source.reader("train", hidden, cache_bytes, sensitivity.layers, kept)
                     others = [other for other in trained if other != source]
                     if training in far and source.benchmark in longer:
@@ -123,8 +123,8 @@ def _train(
     directory: Path,
     training: Training,
     source: TraceSet,
-    reader: TraceReader,
-    validations: dict[TraceSet, TraceReader],
+    reader: ExampleReader,
+    validations: dict[TraceSet, ExampleReader],
     device: str,
     advance: Callable[[int, str], None],
 ) -> pl.DataFrame:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.params import Params
-from pipeline.traces.shards import TraceReader
+from pipeline.traces.shards import ExampleReader
 from studies.sensitivity.hidden import HiddenReader
 from studies.sensitivity.params import StudySensitivity, training_length
 
@@ -43,11 +43,11 @@ class TraceSet:
         cache_bytes: int,
         layers: Sequence[int],
         sequences: Sequence[int] | None = None,
-    ) -> TraceReader:
+    ) -> ExampleReader:
         """A reader of what an agent sees: what the cache holds, or ``hidden`` states."""
         if hidden:
             return HiddenReader(self.traces, self.hidden, split, cache_bytes, layers, sequences)
-        return TraceReader(self.traces, split, cache_bytes, layers, sequences)
+        return ExampleReader(self.traces, split, cache_bytes, layers, sequences)
 
 
 def trace_sets(params: Params, traces: Path, extra: Path) -> list[TraceSet]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
+    DynamicCache,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -34,8 +35,7 @@ from pipeline.files import write_json
 from pipeline.models.layout import cache_layout
 from pipeline.samples.sample import Sample
 from pipeline.tables import FULL, ORACLE, PolicyKey
-from pipeline.traces.capture import capture_sequence
-from pipeline.traces.importance import TracesParams
+from pipeline.traces.capture import run_captured
 from tests.conftest import REPOSITORY, MakeModel
 from tests.eviction.prefills import RANKERS
 from tests.models.families import FAMILIES, SIZES, config
@@ -87,8 +87,7 @@ def test_the_document_has_a_row_for_each_family_and_no_other() -> None:
 def sweep_of(model: PreTrainedModel) -> Sweep:
     """The sweep of all baselines at 32 tokens."""
     rules = EvaluationParams(budgets=(32,), n_sink=4, n_recent=16, seed=0)
-    traces = TracesParams(block_size=16, query_chunk=32, sequences_per_shard=2)
-    return Sweep(model, None, {}, RANKERS, rules, traces, (32,))  # type: ignore[arg-type]  # no text is decoded
+    return Sweep(model, None, {}, RANKERS, rules, (32,))  # type: ignore[arg-type]  # no text is decoded
 
 
 # Not in the document: what the sweep says of a family is what a literal computation says of it.
@@ -191,7 +190,7 @@ def test_a_model_that_overflows_in_its_dtype_is_refused(make_model: MakeModel) -
         check_model(copy.deepcopy(model), "mine", "float16")
     half = model.half()
     with pytest.raises(PipelineError, match="not finite in float16"):
-        capture_sequence(half, torch.arange(4, 104), 16, 32)
+        run_captured(half, torch.arange(4, 104), DynamicCache(), (50,))
     with pytest.raises(PipelineError, match="not finite in float16"):
         sweep_of(half).run(sample("test", 4), 0)
 

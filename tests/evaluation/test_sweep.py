@@ -24,7 +24,6 @@ from pipeline.params import Params
 from pipeline.policy.agents import AgentParams, Policy, PolicyShape
 from pipeline.samples.sample import Sample
 from pipeline.tables import FULL, GRID, ORACLE, PolicyKey
-from pipeline.traces.importance import TracesParams
 from tests.benchmarks.making import choice as make_choice
 from tests.conftest import FAMILIES, MakeModel
 from tests.eviction.prefills import RANKERS, layer_caches
@@ -32,7 +31,7 @@ from tests.eviction.prefills import RANKERS, layer_caches
 IDS = (torch.arange(209) * 37 % 125 + 3).tolist()
 PROMPT_LEN = 201
 N = PROMPT_LEN
-MIDDLE = 96  # the largest multiple of the block size below N / 2 = 100
+MIDDLE = N // 2
 AGENT = AgentParams(hidden_width=8, hidden_layers=1, inputs=("key", "value", "age"))
 TRAINED = {PolicyKey("kvp-exact", "ruler"): 0, PolicyKey("kvp-exact", "dialogues"): 1}  # and the seed of each
 
@@ -65,12 +64,11 @@ def make_sample(answers: tuple[str, ...] = (), question_start: int | None = None
 
 def make_sweep(model: PreTrainedModel, budgets: tuple[int, ...] = (24, 48, N)) -> Sweep:
     evaluation = EvaluationParams(budgets=budgets, n_sink=4, n_recent=16, seed=0)
-    traces = TracesParams(block_size=16, query_chunk=32, sequences_per_shard=2)
     policies = {
         key: Policy(PolicyShape(*head_shape(model), AGENT), torch.Generator().manual_seed(seed))
         for key, seed in TRAINED.items()
     }
-    return Sweep(model, Letters(), policies, RANKERS, evaluation, traces, budgets)  # type: ignore[arg-type]
+    return Sweep(model, Letters(), policies, RANKERS, evaluation, budgets)  # type: ignore[arg-type]
 
 
 Rows = dict[tuple[PolicyKey, int | None], "Outcome"]
@@ -259,14 +257,13 @@ def test_a_context_shorter_than_a_budget_stays_whole_where_that_is_allowed(make_
 
 
 def test_a_short_context_is_ranked_at_one_cache_size(make_model: MakeModel) -> None:
-    short = dataclasses.replace(make_sample(), prompt_len=31)  # half of it holds no block of 16 queries
-    said, costs = make_sweep(make_model("llama"), (24,)).run(short, seed=1)
+    short = dataclasses.replace(make_sample(), prompt_len=3)  # half of it is one token
+    sweep = dataclasses.replace(make_sweep(make_model("llama"), (24,)), whole_if_shorter=True)
+    said, costs = sweep.run(short, seed=1)
     assert set(judged(said, short)["nll"]) == expected_rows((24,))
-    assert {cost.cache_size for cost in costs} == {31}
+    assert {cost.cache_size for cost in costs} == {3}
     with pytest.raises(PipelineError, match=r"Sample s has a context of 1 tokens; ranking needs 2: drop it"):
-        dataclasses.replace(make_sweep(make_model("llama"), (24,)), whole_if_shorter=True).run(
-            dataclasses.replace(make_sample(), prompt_len=1), seed=1
-        )
+        sweep.run(dataclasses.replace(make_sample(), prompt_len=1), seed=1)
 
 
 LATE = 170

@@ -125,7 +125,7 @@ def captured(model: PreTrainedModel, tokens: Tensor, size: int) -> list[LayerCac
     def observe(index: RankedLayer, layer: ObservedLayer) -> None:
         found.append(LayerCache(layer.number, layer.keys[:, :size], layer.values[:, :size], layer.tails[size], 0))
 
-    run_captured(model, tokens, DynamicCache(), 16, 32, Tails((size,), OBSERVED_QUERIES), observe)
+    run_captured(model, tokens, DynamicCache(), (), Tails((size,), OBSERVED_QUERIES), observe)
     return found
 
 

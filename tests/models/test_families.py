@@ -21,14 +21,15 @@ from pipeline.policy.train import TrainParams, describe, train_policy
 from pipeline.samples.sample import Sample, Split
 from pipeline.tables import FULL, PolicyKey
 from pipeline.traces.build import build_traces
-from pipeline.traces.importance import TracesParams
-from pipeline.traces.shards import TraceReader
+from pipeline.traces.params import TracesParams
+from pipeline.traces.shards import ExampleReader
 from tests.conftest import FAMILIES, MakeModel
 
-TRACES = TracesParams(block_size=16, query_chunk=32, sequences_per_shard=2)
+TRACES = TracesParams(cuts=2, at_prompt_end=0.5, tokens=20, sequences_per_shard=2, seed=0)
 TRAIN = TrainParams(
     agent=AgentParams(hidden_width=8, hidden_layers=1, inputs=("key", "value", "position")),
     steps=2,
+    batch_size=3,
     learning_rate=1e-2,
     final_learning_rate=1e-3,
     warmup_steps=0,
@@ -57,7 +58,7 @@ def test_a_policy_is_trained_for_two_steps_and_used(family: str, make_model: Mak
         "validation": [sample("validation", 3)],
     }
     build_traces(tmp_path / "traces", model, family, "dialogues", splits, TRACES, lambda count: None)
-    reader, validation = (TraceReader(tmp_path / "traces", split, 0) for split in splits)
+    reader, validation = (ExampleReader(tmp_path / "traces", split, 0) for split in splits)
     config = describe(TRAIN, reader, Exact()) | {"trace_fingerprint": "0" * 64}
     train_policy(tmp_path / "policy", reader, validation, Exact(), TRAIN, config, "cpu", lambda step, status: None)
     numbers = full_attention_layers(model.config)
@@ -66,7 +67,7 @@ def test_a_policy_is_trained_for_two_steps_and_used(family: str, make_model: Mak
 
     policy, _ = load_policy(tmp_path / "policy", family)
     budgets = EvaluationParams(budgets=(32, 200), n_sink=4, n_recent=16, seed=0)
-    sweep = Sweep(model, None, {KEY: policy}, {}, budgets, TRACES, budgets.budgets)  # type: ignore[arg-type]  # no text is decoded
+    sweep = Sweep(model, None, {KEY: policy}, {}, budgets, budgets.budgets)  # type: ignore[arg-type]  # no text is decoded
     said, costs = sweep.run(sample("test", 4), seed=0)
     nll = {(found.key, found.budget): fmean(found.nll) for found in said}
     assert nll[KEY, 200] == pytest.approx(nll[FULL, None], rel=1e-4)

@@ -8,9 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.policy.estimators.base import Target
 from pipeline.policy.estimators.exact import expected_cost
-from pipeline.policy.estimators.rloo import log_probability, rloo_loss, sample_rankings
-from pipeline.policy.ranking import cost_at_budgets, optimal_total_cost, rank, total_cost
+from pipeline.policy.estimators.rloo import Rloo, leave_one_out, log_probability, sample_rankings
+from pipeline.policy.ranking import cost_at_budgets, rank, total_cost
+from pipeline.traces.example import best_cost
 
 
 def random_problem(n: int, seed: int, heads: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -55,12 +57,27 @@ def test_total_cost_is_the_sum_over_budgets(n: int, seed: int) -> None:
         )
 
 
+@settings(max_examples=50, deadline=None)
+@given(n=st.integers(1, 12), seed=st.integers(0, 2**31))
+def test_a_token_that_counts_for_several_costs_what_they_cost(n: int, seed: int) -> None:
+    scores, importance = random_problem(n, seed)
+    count = torch.randint(0, 4, (1, n), generator=torch.Generator().manual_seed(seed)).double()
+    # Pairs of one token with itself are no pairs of the estimate.
+    order = rank(scores)[0].tolist()
+    expected = sum(
+        count[0, one].item() * importance[0, other].item() * count[0, other].item()
+        for place, other in enumerate(order)
+        for one in order[:place]
+    )
+    assert total_cost(importance * count, rank(scores), count).item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
 @settings(max_examples=25, deadline=None)
 @given(n=st.integers(2, 6), seed=st.integers(0, 2**31))
 def test_no_order_is_cheaper_than_the_optimal_one(n: int, seed: int) -> None:
     _, importance = random_problem(n, seed)
     cheapest = min(cost_by_loop(importance[0].tolist(), list(order)) for order in itertools.permutations(range(n)))
-    assert optimal_total_cost(importance).item() == pytest.approx(cheapest, rel=1e-12)
+    assert best_cost(importance).item() == pytest.approx(cheapest, rel=1e-12)
 
 
 @settings(max_examples=20, deadline=None)
@@ -68,7 +85,7 @@ def test_no_order_is_cheaper_than_the_optimal_one(n: int, seed: int) -> None:
 def test_log_probability_is_that_of_drawing_without_replacement(n: int, seed: int) -> None:
     scores, _ = random_problem(n, seed)
     orders = list(itertools.permutations(range(n)))
-    probabilities = log_probability(scores[0], torch.tensor(orders)).exp()
+    probabilities = log_probability(scores[0], torch.tensor(orders), torch.ones(n, dtype=torch.bool)).exp()
     assert probabilities.sum().item() == pytest.approx(1.0)
     assert probabilities.tolist() == pytest.approx([plackett_luce(scores[0].tolist(), order) for order in orders])
 
@@ -79,10 +96,11 @@ def test_average_of_many_rloo_gradients_points_along_the_exact_gradient() -> Non
     scores, importance = random_problem(12, seed=5)
     scores = scores.float().requires_grad_()
     importance = importance.float()
-    (exact,) = torch.autograd.grad(expected_cost(scores, importance).sum(), scores)
+    target = Target(importance, torch.ones_like(importance), best_cost(importance))
+    (exact,) = torch.autograd.grad(expected_cost(scores, importance, torch.ones_like(importance)).sum(), scores)
     total = torch.zeros_like(scores)
     for seed in range(400):
-        loss = rloo_loss(scores, importance, uniform(64, *scores.shape, seed=seed)).sum()
+        loss = Rloo(samples=64).loss(scores, target, uniform(64, *scores.shape, seed=seed)).sum()
         (gradient,) = torch.autograd.grad(loss, scores)
         total += gradient
     assert torch.nn.functional.cosine_similarity(total, exact).item() > 0.995
@@ -91,11 +109,12 @@ def test_average_of_many_rloo_gradients_points_along_the_exact_gradient() -> Non
 def test_unstandardised_rloo_gradient_is_unbiased() -> None:
     scores, importance = random_problem(8, seed=6)
     scores, importance = scores.float().requires_grad_(), importance.float()
-    (exact,) = torch.autograd.grad(expected_cost(scores, importance).sum(), scores)
+    (exact,) = torch.autograd.grad(expected_cost(scores, importance, torch.ones_like(importance)).sum(), scores)
     rankings = sample_rankings(scores.detach(), uniform(200_000, *scores.shape, seed=1))
     reward = -total_cost(importance, rankings)
-    advantage = (reward - reward.mean(0)) * len(rankings) / (len(rankings) - 1)  # equals leave-one-out
-    loss = -(advantage * log_probability(scores, rankings)).mean(0).sum()
+    advantage = leave_one_out(reward)
+    present = torch.ones_like(scores, dtype=torch.bool)
+    loss = -(advantage * log_probability(scores, rankings, present)).mean(0).sum()
     (sampled,) = torch.autograd.grad(loss, scores)
     # Monte-Carlo error at 200k samples; a wrong sign, scale or baseline is off by 100%.
     assert (sampled - exact).norm() / exact.norm() < 0.02

@@ -1,6 +1,8 @@
 """Training: the published schedule, per-agent clipping, learning, and resuming to the same bytes."""
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,19 +14,24 @@ from torch import Tensor
 from pipeline.errors import PipelineError
 from pipeline.policy import agents, train
 from pipeline.policy.agents import AgentParams, Policy, PolicyShape, load_policy
+from pipeline.policy.batches import Batch, draw_examples, make_batch
 from pipeline.policy.estimators import exact as pairs
-from pipeline.policy.estimators.base import Estimator
+from pipeline.policy.estimators.base import Estimator, Target
 from pipeline.policy.estimators.exact import Exact
 from pipeline.policy.estimators.rloo import Rloo
 from pipeline.policy.estimators.soft_rank import SoftRank
+from pipeline.policy.inputs.base import CachedTokens
 from pipeline.policy.train import TrainParams, clip_gradients, describe, learning_rate, train_policy, validation_cost
-from pipeline.traces.capture import LayerTrace
-from pipeline.traces.shards import TraceReader, TraceShape, write_manifest, write_shard
+from pipeline.traces.draws import generator as draws_of
+from pipeline.traces.example import best_cost
+from pipeline.traces.shards import ExampleReader, TraceShape
+from tests.traces.synthetic import Cache, write_traces
 
-SHAPE = TraceShape("tiny", "ruler", layers=2, kv_heads=2, head_dim=4, block_size=8)
+SHAPE = TraceShape("tiny", "ruler", (0, 1), kv_heads=2, head_dim=4)
 PARAMS = TrainParams(
     agent=AgentParams(hidden_width=16, hidden_layers=2, inputs=("key", "value", "position")),
     steps=150,
+    batch_size=2,
     learning_rate=1e-2,
     final_learning_rate=1e-4,
     warmup_steps=5,
@@ -41,31 +48,31 @@ EXACT, RLOO = Exact(), Rloo(samples=8)
 ESTIMATORS: list[Estimator] = [EXACT, RLOO, SoftRank()]
 
 
-@pytest.fixture
-def traces(tmp_path: Path) -> Path:
-    """Traces whose importance is a function of the first key channel, so that it can be learnt."""
-    root = tmp_path / "traces"
-    generator = torch.Generator().manual_seed(0)
+def learnable(tokens: int, generator: torch.Generator) -> Cache:
+    """Importance is a function of the first key channel."""
+    keys, values = torch.randn(2, 2, 2, tokens, 4, generator=generator)
+    return keys, values, torch.exp(2 * keys[..., 0])
 
-    def sequence(tokens: int) -> list[LayerTrace]:
-        layers = []
-        for _ in range(SHAPE.layers):
-            keys = torch.randn(2, tokens, 4, generator=generator)
-            blocks = -(-tokens // SHAPE.block_size)
-            record = torch.exp(2 * keys[..., :1]).expand(2, tokens, blocks)
-            layers.append(LayerTrace(keys, torch.randn(2, tokens, 4, generator=generator), record))
-        return layers
 
-    write_shard(root, "train", 0, SHAPE, [(index, f"t{index}", sequence(40 + index)) for index in range(6)])
-    write_shard(root, "validation", 0, SHAPE, [(index, f"v{index}", sequence(50)) for index in range(3)])
-    write_manifest(root, SHAPE, {"train": 1, "validation": 1})
-    return root
+@pytest.fixture(params=[None, 20], ids=["all tokens", "some tokens"])
+def traces(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    generator, root = torch.Generator().manual_seed(0), tmp_path / "traces"
+    train = [[learnable(size + index, generator) for size in (40, 25)] for index in range(6)]
+    validation = [[learnable(50, generator)] for _ in range(3)]
+    write_traces(root / "all", SHAPE, {"train": train, "validation": validation})
+    write_traces(root / "some", SHAPE, {"train": train}, request.param)
+    # Of a validation example all tokens are kept.
+    shutil.copytree(root / "all/validation", root / "some/validation")
+    manifests = [json.loads((root / name / "manifest.json").read_text()) for name in ("all", "some")]
+    manifests[1]["splits"]["validation"] = manifests[0]["splits"]["validation"]
+    (root / "some/manifest.json").write_text(json.dumps(manifests[1]))
+    return root / "some"
 
 
 def run(traces: Path, work: Path, estimator: Estimator, params: TrainParams = PARAMS, stop_after: int = 0) -> int:
     """Train; returns the steps taken in this call. ``stop_after`` interrupts like Ctrl-C."""
     work.mkdir(exist_ok=True)
-    reader, validation = TraceReader(traces, "train", 1 << 20), TraceReader(traces, "validation", 1 << 20)
+    reader, validation = ExampleReader(traces, "train", 1 << 20), ExampleReader(traces, "validation", 1 << 20)
     taken = [-1]  # the first call reports the steps found done
 
     def advance(count: int, status: str) -> None:
@@ -77,7 +84,7 @@ def run(traces: Path, work: Path, estimator: Estimator, params: TrainParams = PA
     return taken[0]
 
 
-Sums = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+Sums = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def test_learning_rate_is_the_published_schedule() -> None:
@@ -113,7 +120,7 @@ def test_training_lowers_the_held_out_cost(traces: Path, tmp_path: Path, estimat
     assert cost[0] > 1.3
     assert cost[-1] < 1.1
     policy, _ = load_policy(tmp_path / "work", "tiny")
-    final = validation_cost(policy, TraceReader(traces, "validation", 0), "cpu")
+    final = validation_cost(policy, ExampleReader(traces, "validation", 0), "cpu")
     last = curves.filter(pl.col("step") == PARAMS.steps - 1).sort("layer", "kv_head")["value"].to_list()
     assert final.tolist() == pytest.approx(last, rel=1e-5)
 
@@ -133,25 +140,115 @@ def test_an_interrupted_training_resumes_and_ends_with_the_same_bytes(
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes(), name
 
 
+def make_examples(traces: Path, estimator: Estimator, count: int) -> Batch:
+    reader = ExampleReader(traces, "train", 0)
+    return make_batch([reader.read(index) for index in range(count)], estimator.rankings, draws_of(0), "cpu")
+
+
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda estimator: estimator.name)
-def test_gradients_do_not_depend_on_how_heads_are_split(estimator: Estimator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_do_not_depend_on_how_heads_are_split(
+    traces: Path, estimator: Estimator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     policy = Policy(PolicyShape(2, 2, 4, PARAMS.agent), torch.Generator().manual_seed(0))
-    generator = torch.Generator().manual_seed(1)
-    keys, values = torch.randn(2, 4, 30, 4, generator=generator)
-    importance = torch.rand(4, 30, generator=generator)
-    uniform = train.draw_uniform(estimator, PARAMS, 0, 4, 30)
-
-    def loss_of(scores: Tensor, heads: slice) -> Tensor:
-        return estimator.loss(scores, importance[heads], uniform[:, heads])
-
-    whole = loss_of(policy(keys, values), slice(None))
+    batch = make_examples(traces, estimator, 3)
+    tokens = batch.tokens.keys.shape[1]
+    weights, biases = list(policy.weights), list(policy.biases)
+    scores = agents.run_agents(weights, biases, policy.inputs(batch.tokens, slice(None)))
+    whole = estimator.loss(scores.view_as(batch.target.count), batch.target, batch.uniform).mean(-1)
     expected = torch.autograd.grad(whole.sum(), list(policy.parameters()))
     for heads in (1, 3, 4):
-        monkeypatch.setattr(agents, "UNITS_PER_BLOCK", {"cpu": heads * 30 * PARAMS.agent.hidden_width})
-        assert len(policy.blocks(30)) == -(-4 // heads)
-        loss = train.compute_gradients(policy, keys, values, loss_of)
+        monkeypatch.setattr(agents, "UNITS_PER_BLOCK", {"cpu": heads * tokens * PARAMS.agent.hidden_width})
+        assert len(policy.blocks(tokens)) == -(-4 // heads)
+        loss = train.compute_gradients(policy, batch, estimator)
         torch.testing.assert_close(loss, whole.detach())
         torch.testing.assert_close([parameter.grad for parameter in policy.parameters()], list(expected))
+
+
+def test_a_step_over_several_examples_is_the_mean_of_steps_over_each(traces: Path) -> None:
+    policy = Policy(PolicyShape(2, 2, 4, PARAMS.agent), torch.Generator().manual_seed(0))
+    reader = ExampleReader(traces, "train", 0)
+    losses, gradients = [], []
+    for index in range(3):
+        alone = make_batch([reader.read(index)], 0, draws_of(0), "cpu")
+        losses.append(train.compute_gradients(policy, alone, EXACT))
+        gradients.append([parameter.grad.clone() for parameter in policy.parameters() if parameter.grad is not None])
+    together = train.compute_gradients(policy, make_examples(traces, EXACT, 3), EXACT)
+    torch.testing.assert_close(together, torch.stack(losses).mean(0))
+    for parameter, *parts in zip(policy.parameters(), *gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, torch.stack(parts).mean(0))
+
+
+def test_full_traces_train_like_an_independent_loop_over_all_tokens(traces: Path, tmp_path: Path) -> None:
+    """In float64 from the definition: no batches, no grid, no counts, one agent after the other."""
+    if (ExampleReader(traces, "train", 0).read(0).count != 1).any():
+        pytest.skip("all tokens are kept in the other variant of these traces")
+    params = PARAMS.model_copy(update={"steps": 20, "batch_size": 3})
+    run(traces, tmp_path / "work", EXACT, params)
+    trained, _ = load_policy(tmp_path / "work")
+    reader = ExampleReader(traces, "train", 0)
+    start = Policy(trained.shape, draws_of(params.seed, "weights"))
+    start.mean.copy_(trained.mean)
+    start.std.copy_(trained.std)
+    agent = start.double()
+    optimizer = torch.optim.AdamW(agent.parameters(), lr=1, weight_decay=params.weight_decay)
+    for step in range(params.steps):
+        optimizer.zero_grad()
+        for index in draw_examples(len(reader.examples), 3, params.seed, step):
+            example = reader.read(index)
+            states = torch.cat([example.keys, example.values], -1).double()
+            position = torch.arange(example.cache_size).float().log1p() / 8
+            for head in range(4):
+                seen = (states[head] - agent.mean[head]) / agent.std[head]
+                hidden = torch.cat([seen, position.double()[:, None]], -1)
+                for layer, (weight, bias) in enumerate(zip(agent.weights, agent.biases, strict=True)):
+                    hidden = hidden @ weight[head] + bias[head]
+                    hidden = hidden.relu() if layer < 2 else hidden
+                before = torch.sigmoid(hidden - hidden.T)
+                others = before.sum(0) - 0.5
+                importance = example.importance[head].double()
+                best = (importance.sort(descending=True).values * torch.arange(example.cache_size)).sum()
+                ((others * importance).sum() / best / 3).backward()
+        clip_gradients(agent, params.gradient_clip)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, params)
+        optimizer.step()
+    # Costs do not change with the last bias: its gradient is rounding, which AdamW brings to the size of all others.
+    for (name, ours), theirs in zip(trained.state_dict().items(), agent.state_dict().values(), strict=True):
+        if name != "biases.2":
+            assert (ours - theirs).abs().max() < 2e-4 * theirs.abs().max(), name
+
+
+def test_full_traces_train_to_the_bytes_of_a_loop_over_caches(tmp_path: Path) -> None:
+    """Neither files, nor probabilities, nor batches: the caches themselves, all tokens of one in each step."""
+    generator = torch.Generator().manual_seed(0)
+    caches = [learnable(25 + index, generator) for index in range(6)]
+    write_traces(tmp_path, SHAPE, {"train": [[cache] for cache in caches], "validation": [[caches[0]]]})
+    params = PARAMS.model_copy(update={"batch_size": 1, "steps": 20})
+    run(tmp_path, tmp_path / "work", EXACT, params)
+    trained, _ = load_policy(tmp_path / "work")
+    policy = Policy(trained.shape, draws_of(params.seed, "weights"))
+    policy.mean.copy_(trained.mean)
+    policy.std.copy_(trained.std)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1, weight_decay=params.weight_decay, fused=True)
+    for step in range(params.steps):
+        (drawn,) = draw_examples(6, 1, params.seed, step)
+        keys, values, importance = (states.flatten(0, 1) for states in caches[drawn])
+        with torch.enable_grad():
+            scores = agents.run_agents(
+                list(policy.weights),
+                list(policy.biases),
+                policy.inputs(CachedTokens.whole(keys.half(), values.half()), slice(None)),
+            )
+            best = best_cost(importance.double()).float()
+            loss = pairs.expected_cost(scores, importance, torch.ones_like(importance)) / best
+        for parameter, gradient in zip(
+            policy.parameters(), torch.autograd.grad(loss.sum(), list(policy.parameters())), strict=True
+        ):
+            parameter.grad = gradient
+        clip_gradients(policy, params.gradient_clip)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, params)
+        optimizer.step()
+    for (name, ours), theirs in zip(trained.state_dict().items(), policy.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
 
 
 def test_the_grid_changes_no_result_of_a_training(
@@ -171,8 +268,8 @@ def test_the_grid_changes_no_result_of_a_training(
         costs = pl.read_parquet(work / "curves.parquet").filter(pl.col("metric") == "validation_cost")
         return costs.sort("step", "layer", "kv_head")["value"].to_list()
 
-    def in_float64(scores: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-        cost, gradient = direct_sums(scores.double(), importance.double())
+    def in_float64(scores: Tensor, importance: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+        cost, gradient = direct_sums(scores.double(), importance.double(), count.double())
         return cost.float(), gradient.float()
 
     grid_sums, direct_sums = pairs.grid_sums, pairs.direct_sums
@@ -203,15 +300,6 @@ def test_a_damaged_checkpoint_is_named(traces: Path, tmp_path: Path) -> None:
         run(traces, tmp_path / "work", EXACT)
 
 
-def test_sequences_shorter_than_a_block_are_refused(tmp_path: Path) -> None:
-    short = [LayerTrace(torch.randn(2, 8, 4), torch.randn(2, 8, 4), torch.rand(2, 8, 1)) for _ in range(2)]
-    for split in ("train", "validation"):
-        write_shard(tmp_path / "traces", split, 0, SHAPE, [(0, "short", short)])
-    write_manifest(tmp_path / "traces", SHAPE, {"train": 1, "validation": 1})
-    with pytest.raises(PipelineError, match=r"sample short has 8 tokens, not more than traces\.block_size = 8"):
-        run(tmp_path / "traces", tmp_path / "work", EXACT)
-
-
 @pytest.mark.parametrize(
     ("inputs", "seen"),
     [(("key",), slice(0, 4)), (("value", "age"), slice(4, 8)), (("key", "position", "value"), slice(0, 8))],
@@ -222,41 +310,47 @@ def test_normalisation_statistics_are_those_of_the_training_data(
     agent = PARAMS.agent.model_copy(update={"inputs": inputs})
     run(traces, tmp_path / "work", EXACT, PARAMS.model_copy(update={"steps": 1, "agent": agent}))
     policy, _ = load_policy(tmp_path / "work")
-    reader = TraceReader(traces, "train", 0)
-    states = torch.cat([torch.cat(reader.read(index)[:2], -1) for index in range(6)], dim=1).double()
-    states = states[..., seen]
-    torch.testing.assert_close(policy.mean[:, 0].double(), states.mean(1), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(policy.std[:, 0].double(), states.std(1, correction=0), rtol=1e-4, atol=1e-5)
+    reader = ExampleReader(traces, "train", 0)
+    examples = [reader.read(index) for index in range(12)]
+    states = torch.cat([torch.cat([found.keys, found.values], -1) for found in examples], dim=1).double()[..., seen]
+    count = torch.cat([found.count for found in examples], dim=1).double()[..., None]
+    mean = (count * states).sum(1, keepdim=True) / count.sum(1, keepdim=True)
+    variance = (count * (states - mean).square()).sum(1, keepdim=True) / count.sum(1, keepdim=True)
+    torch.testing.assert_close(policy.mean.double(), mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(policy.std.double(), variance.sqrt(), rtol=1e-4, atol=1e-5)
 
 
 def test_normalisation_sees_all_tasks_where_samples_are_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def sequence(task: int) -> list[LayerTrace]:
-        states = torch.full((2, 40, 4), float(task))
-        return [LayerTrace(states, states, torch.rand(2, 40, 5)) for _ in range(SHAPE.layers)]
+    def cache(task: int) -> Cache:
+        states = torch.full((2, 2, 40, 4), float(task))
+        return states, states, torch.rand(2, 2, 40)
 
     tasks = [task for task in range(5) for _ in range(7)]  # sorted, as samples are
     root = tmp_path / "traces"
-    write_shard(root, "train", 0, SHAPE, [(index, f"t{index}", sequence(task)) for index, task in enumerate(tasks)])
-    write_shard(root, "validation", 0, SHAPE, [(0, "v0", sequence(0))])
-    write_manifest(root, SHAPE, {"train": 1, "validation": 1})
-    monkeypatch.setattr(train, "NORMALISATION_SEQUENCES", 5)
+    write_traces(root, SHAPE, {"train": [[cache(task)] for task in tasks], "validation": [[cache(0)]]})
+    monkeypatch.setattr(train, "NORMALISATION_EXAMPLES", 5)
     run(root, tmp_path / "work", EXACT, PARAMS.model_copy(update={"steps": 1}))
     policy, _ = load_policy(tmp_path / "work")
     torch.testing.assert_close(policy.mean, torch.full_like(policy.mean, 2.0))  # one sequence of each task
     torch.testing.assert_close(policy.std, torch.full_like(policy.std, math.sqrt(2)))
 
 
-def test_the_device_draws_nothing() -> None:
-    uniform = train.draw_uniform(RLOO, PARAMS, 7, 4, 30)
-    assert uniform.device.type == "cpu"
-    assert uniform.shape == (RLOO.samples, 4, 30)
-    torch.testing.assert_close(uniform, train.draw_uniform(RLOO, PARAMS, 7, 4, 30), rtol=0, atol=0)
-    assert not torch.equal(uniform, train.draw_uniform(RLOO, PARAMS, 8, 4, 30))
-    assert train.draw_uniform(EXACT, PARAMS, 7, 4, 30).numel() == 0
+def test_the_device_draws_nothing(traces: Path) -> None:
+    example = ExampleReader(traces, "train", 0).read(0)
+    batch, again, other = (make_batch([example], 8, draws_of(3, "rankings", step), "cpu") for step in (7, 7, 8))
+    assert batch.uniform.shape == (8, *batch.target.count.shape)
+    assert torch.equal(batch.uniform, again.uniform)
+    assert not torch.equal(batch.uniform, other.uniform)
     # There is no generator for this device: a draw on it would raise.
-    scores, importance = (torch.rand(4, 30, device="meta") for _ in range(2))
-    loss = RLOO.loss(scores, importance, uniform.to("meta"))
-    assert (loss.device.type, loss.shape) == ("meta", (4,))
+    target = Target(*(states.to("meta") for states in vars(batch.target).values()))
+    loss = RLOO.loss(torch.rand(target.count.shape, device="meta"), target, batch.uniform.to("meta"))
+    assert (loss.device.type, loss.shape) == ("meta", (4, 1))
+
+
+def test_examples_are_drawn_uniformly_by_seed_and_step() -> None:
+    found = torch.tensor([draw_examples(10, 4, 0, step) for step in range(2000)])
+    assert ((found.flatten().bincount(minlength=10) - 800).abs() < 5 * 800**0.5).all()
+    assert draw_examples(10, 4, 0, 7) == found[7].tolist() != draw_examples(10, 4, 1, 7)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS[:2], ids=lambda estimator: estimator.name)
@@ -272,5 +366,5 @@ def test_a_head_with_undefined_scores_costs_nan(traces: Path) -> None:
     policy = Policy(PolicyShape(2, 2, 4, PARAMS.agent), torch.Generator().manual_seed(0))
     with torch.no_grad():
         policy.weights[-1][1] = torch.inf
-    cost = validation_cost(policy, TraceReader(traces, "validation", 0), "cpu")
+    cost = validation_cost(policy, ExampleReader(traces, "validation", 0), "cpu")
     assert cost.isfinite().tolist() == [True, False, True, True]

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-import torch
 from ruamel.yaml import YAML
 
-from pipeline.traces.capture import LayerTrace
-from pipeline.traces.shards import TraceShape, write_manifest, write_shard
+from pipeline.traces.shards import TraceShape
 from pipeline.tracking import store
 from pipeline.tracking.store import connect
 from stages.results import main as results
 from tests.reporting.synthetic import MODEL, Size, write_results
+from tests.traces.synthetic import random_cache, write_traces
 from tests.tracking.checkout import PATIENCE, POLICY, forget
 
 
@@ -31,11 +30,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     of_matrix = pl.col("trained_on").is_null() | ((pl.col("trained_on") == "ruler") & (pl.col("policy") == "kvp-exact"))
     for file in (root / f"scores/{MODEL}/ruler.parquet", root / f"answers/{MODEL}/ruler/cost.parquet"):
         pl.read_parquet(file).filter(of_matrix).write_parquet(file)
-    shape = TraceShape(MODEL, "ruler", layers=2, kv_heads=2, head_dim=4, block_size=8)
-    for split in ("train", "validation"):
-        layers = [LayerTrace(torch.randn(2, 24, 4), torch.randn(2, 24, 4), torch.rand(2, 24, 3)) for _ in range(2)]
-        write_shard(root / "traces" / MODEL / "ruler", split, 0, shape, [(0, "a", layers)])
-    write_manifest(root / "traces" / MODEL / "ruler", shape, {"train": 1, "validation": 1})
+    shape = TraceShape(MODEL, "ruler", (0, 1), kv_heads=2, head_dim=4)
+    splits = {split: [[random_cache(shape, 24, seed)]] for seed, split in enumerate(("train", "validation"))}
+    write_traces(root / "traces" / MODEL / "ruler", shape, splits)
     with contextlib.chdir(root), pytest.MonkeyPatch.context() as patch:
         results()
         for name in ("MLFLOW_TRACKING_URI", "DVC_ROOT"):

@@ -1,10 +1,10 @@
 """The exact estimator: expected cost under Plackett-Luce and its gradient, sums over all pairs of tokens.
 
-P(j before i) = sigmoid(s_j - s_i), so with importances w the expected total cost is
-``E = sum_i w_i * sum_{j != i} sigmoid(s_j - s_i)``, and since sigmoid' is even
-``dE / ds_k = sum_i (w_i - w_k) * sigmoid'(s_k - s_i)``. Two ways to add them up: pair by pair (``direct_sums``),
-and through a grid in time that grows like n (``grid_sums``), with a proven bound on the error. Shapes: scores
-and importance are (heads, n). It knows no agents and no sampling.
+P(j before i) = sigmoid(s_j - s_i), so with importances a and counts b of the tokens (``Target``; b = 1 where all are
+known) the expected total cost is ``E = sum_i a_i * sum_{j != i} b_j sigmoid(s_j - s_i)``, and since sigmoid' is even
+``dE / ds_k = sum_i (a_i b_k - a_k b_i) * sigmoid'(s_k - s_i)``. Two ways to add them up: pair by pair
+(``direct_sums``), and through a grid in time that grows like n (``grid_sums``), with a proven bound on the error.
+Shapes: scores, importance and count are (heads, n). It knows no agents and draws nothing.
 """
 
 import math
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from pipeline.policy.estimators.base import Estimator
-from pipeline.policy.ranking import optimal_total_cost
+from pipeline.policy.estimators.base import Estimator, Target
 
 # Numbers held at once by either way. On a CPU a block should stay in the cache (direct sums at n = 960 on two
 # cores: 0.09 s for 90 heads against 0.18 s with a block of 2^24); a GPU wants enough of them to fill it.
@@ -35,40 +34,43 @@ class Exact(Estimator):
         """Those of :func:`grid_sums`."""
         return NODES
 
-    def loss(self, scores: Tensor, importance: Tensor, uniform: Tensor) -> Tensor:
+    def loss(self, scores: Tensor, target: Target, uniform: Tensor) -> Tensor:
         """See :meth:`Estimator.loss`; nothing is drawn."""
-        return expected_cost(scores, importance) / optimal_total_cost(importance)
+        return expected_cost(scores, target.importance, target.count) / target.best_cost
 
 
-def expected_cost(scores: Tensor, importance: Tensor) -> Tensor:
-    """Exact expected total cost under Plackett-Luce: (heads, n), (heads, n) -> (heads,).
+def expected_cost(scores: Tensor, importance: Tensor, count: Tensor) -> Tensor:
+    """Exact expected total cost under Plackett-Luce: (..., n) three times -> (...).
 
-    Its gradient with respect to ``scores`` is the exact policy gradient: no sampling, no variance. float32 scores
-    go through the grid, whose error is below their rounding (``grid_error_bounds``), unless a head's scores are
-    spread over more than about ``NODES_PER_TOKEN * SPACING * n``. Such heads, and float64, are summed pair by pair.
+    Its gradient with respect to ``scores`` is the exact policy gradient: no sampled ranking, no variance from one.
+    float32 scores go through the grid, whose error is below their rounding (``grid_error_bounds``), unless a head's
+    scores are spread over more than about ``NODES_PER_TOKEN * SPACING * n``. Such heads, and float64, are summed pair
+    by pair.
     """
-    cost: Tensor = _ExpectedCost.apply(scores, importance)  # type: ignore[no-untyped-call]
-    return cost
+    cost: Tensor = _ExpectedCost.apply(  # type: ignore[no-untyped-call]
+        scores.flatten(0, -2), importance.flatten(0, -2), count.flatten(0, -2)
+    )
+    return cost.view(scores.shape[:-1])
 
 
 class _ExpectedCost(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, importance: Tensor) -> Tensor:
-        cost, gradient = pair_sums(scores, importance)
+    def forward(ctx: Any, scores: Tensor, importance: Tensor, count: Tensor) -> Tensor:
+        cost, gradient = pair_sums(scores, importance, count)
         ctx.save_for_backward(gradient)
         return cost
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return upstream[:, None] * gradient, None
+        return upstream[:, None] * gradient, None, None
 
 
-def pair_sums(scores: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+def pair_sums(scores: Tensor, importance: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Expected cost (heads,) and its gradient (heads, n), each head in the way that suits it."""
     if scores.dtype == torch.float64:
-        return direct_sums(scores, importance)
+        return direct_sums(scores, importance, count)
     spread = (scores.amax(-1) - scores.amin(-1)).cpu()
     # Written so that a head with infinite or undefined scores is summed directly.
     on_grid = spread / SPACING + NODES <= NODES_PER_TOKEN * scores.shape[1]
@@ -76,11 +78,11 @@ def pair_sums(scores: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     for heads, sums in ((on_grid, grid_sums), (~on_grid, direct_sums)):
         if heads.any():
             chosen = heads.nonzero()[:, 0].to(scores.device)
-            cost[chosen], gradient[chosen] = sums(scores[chosen], importance[chosen])
+            cost[chosen], gradient[chosen] = sums(scores[chosen], importance[chosen], count[chosen])
     return cost, gradient
 
 
-def direct_sums(scores: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+def direct_sums(scores: Tensor, importance: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Expected cost (heads,) and gradient (heads, n), pair by pair in blocks.
 
     O(n^2) time, O(n) memory besides one block, in the dtype of ``scores``.
@@ -89,27 +91,28 @@ def direct_sums(scores: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     pairs = PAIRS_PER_BLOCK.get(scores.device.type, 1 << 24)
     row_block = max(1, min(n, pairs // n))
     head_block = max(1, pairs // (n * row_block))
-    # Half of every token's own importance is taken off: the diagonal contributes sigmoid(0) = 1/2.
-    cost = -0.5 * importance.sum(-1)
+    # Half of every token's own part is taken off: the diagonal contributes sigmoid(0) = 1/2.
+    cost = -0.5 * (importance * count).sum(-1)
     gradient = torch.empty_like(scores)
-    weights = torch.stack([importance, torch.ones_like(importance)], dim=-1)  # (heads, n, 2)
+    weights = torch.stack([importance, count], dim=-1)  # (heads, n, 2)
     for first_head in range(0, heads, head_block):
         block = slice(first_head, first_head + head_block)
         for start in range(0, n, row_block):
             rows = slice(start, start + row_block)
             # before[k, i] = P(k before i) = sigmoid(s_k - s_i)
             before = (scores[block, rows, None] - scores[block, None, :]).sigmoid_()  # (heads, rows, n)
-            cost[block] += torch.bmm(before, importance[block, :, None]).sum((1, 2))
+            before_rows = torch.bmm(before, importance[block, :, None])[..., 0]
+            cost[block] += (before_rows * count[block, rows]).sum(1)
             slope = before.addcmul_(before, before, value=-1)  # sigma' = sigma * (1 - sigma)
-            by_importance, by_one = torch.bmm(slope, weights[block]).unbind(-1)
-            gradient[block, rows] = by_importance - importance[block, rows] * by_one
+            by_importance, by_count = torch.bmm(slope, weights[block]).unbind(-1)
+            gradient[block, rows] = count[block, rows] * by_importance - importance[block, rows] * by_count
     return cost, gradient
 
 
-def grid_sums(scores: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+def grid_sums(scores: Tensor, importance: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Expected cost (heads,) and gradient (heads, n) through a uniform grid, within ``grid_error_bounds``.
 
-    A sum over pairs of a smooth function of s_k - s_i is a convolution. Each token's weight is spread over the
+    A sum over pairs of a smooth function of s_k - s_i is a convolution. Each token's weights are spread over the
     ``NODES`` grid nodes around its score by Lagrange interpolation, the nodes are convolved with the function by
     FFT, and the result is interpolated back at the scores. With G = spread of the scores / SPACING nodes:
     O(n + G log G) time and O(n + G) memory per head. Computed in float64, returned in the dtype of ``scores``.
@@ -121,11 +124,13 @@ def grid_sums(scores: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     head_block = max(1, WEIGHTS_PER_BLOCK.get(scores.device.type, 1 << 24) // (n * NODES))
     for first_head in range(0, heads, head_block):
         block = slice(first_head, first_head + head_block)
-        cost[block], gradient[block] = _grid_block(scores[block].double(), importance[block].double())
+        cost[block], gradient[block] = _grid_block(
+            scores[block].double(), importance[block].double(), count[block].double()
+        )
     return cost, gradient
 
 
-def _grid_block(scores: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+def _grid_block(scores: Tensor, importance: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     heads, n = scores.shape
     points = (scores - scores.amin(-1, keepdim=True)) / SPACING
     first = points.floor()
@@ -137,8 +142,8 @@ def _grid_block(scores: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     nodes = (first.long()[..., None] + torch.arange(NODES, device=scores.device)).flatten(1)
     size = int(nodes.max()) + 1
     mass = scores.new_zeros(2, heads, size)  # of importance, and of tokens
-    mass[0].scatter_add_(1, nodes, parts * importance.repeat_interleave(NODES, dim=1))
-    mass[1].scatter_add_(1, nodes, parts)
+    for total, weight in zip(mass, (importance, count), strict=True):
+        total.scatter_add_(1, nodes, parts * weight.repeat_interleave(NODES, dim=1))
 
     # Long enough that no distance between two nodes wraps around.
     length = 1 << (2 * size - 1).bit_length()
@@ -146,17 +151,17 @@ def _grid_block(scores: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
     before = distance.sigmoid()
     transformed = torch.fft.rfft(mass, n=length)
     convolved = torch.fft.irfft(transformed[0] * torch.fft.rfft(before), n=length)[..., :size]
-    cost = (mass[1] * convolved).sum(-1) - 0.5 * importance.sum(-1)
+    cost = (mass[1] * convolved).sum(-1) - 0.5 * (importance * count).sum(-1)
     slopes = torch.fft.irfft(transformed * torch.fft.rfft(before * (1 - before)), n=length)[..., :size]
-    by_importance, by_one = ((slope.gather(1, nodes) * parts).view(heads, n, NODES).sum(-1) for slope in slopes)
-    return cost, by_importance - importance * by_one
+    by_importance, by_count = ((slope.gather(1, nodes) * parts).view(heads, n, NODES).sum(-1) for slope in slopes)
+    return cost, count * by_importance - importance * by_count
 
 
 def grid_error_bounds() -> tuple[float, float]:
     """How far the grid's sigmoid and sigmoid' are from the true ones, at most, for any two scores.
 
-    The error of ``grid_sums`` is then at most ``n * sum_i w_i`` times the first for the cost, and
-    ``sum_i w_i + n * w_k`` times the second for the gradient of token k, besides the rounding of float64.
+    The error of ``grid_sums`` is then at most ``sum_i a_i * sum_j b_j`` times the first for the cost, and
+    ``b_k * sum_i a_i + a_k * sum_j b_j`` times the second for the gradient of token k, besides the rounding of float64.
 
     Proof. Let f(x - y) be either function, h the spacing, p = ``NODES``, an even number, u in [0, 1] the place of a
     score between the two nodes in the middle.

@@ -10,8 +10,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.policy.estimators.base import Estimator
-from pipeline.policy.ranking import optimal_total_cost, total_cost
+from pipeline.policy.estimators.base import Estimator, Target
+from pipeline.policy.ranking import total_cost
+
+# Below every score.
+_ABSENT = -1e30
 
 
 class Rloo(Estimator):
@@ -24,25 +27,26 @@ class Rloo(Estimator):
         """All of ``samples``."""
         return self.samples
 
-    def loss(self, scores: Tensor, importance: Tensor, uniform: Tensor) -> Tensor:
+    def loss(self, scores: Tensor, target: Target, uniform: Tensor) -> Tensor:
         """See :meth:`Estimator.loss`."""
-        return rloo_loss(scores, importance, uniform)
+        present = target.count > 0
+        # Tokens that are not there come last and change no probability. Finite, so that no gradient is undefined.
+        scores = scores.masked_fill(~present, _ABSENT)
+        with torch.no_grad():
+            rankings = sample_rankings(scores, uniform)
+            reward = -total_cost(target.importance, rankings, target.count) / target.best_cost  # (samples, heads, ...)
+            advantage = standardise(leave_one_out(reward))
+        return -(advantage * log_probability(scores, rankings, present)).mean(0)
 
 
-def rloo_loss(scores: Tensor, importance: Tensor, uniform: Tensor) -> Tensor:
-    """REINFORCE with a leave-one-out baseline (paper, Algorithm 1): (..., n), (..., n), (samples, ..., n) -> (...).
+def leave_one_out(reward: Tensor) -> Tensor:
+    """Each sample's reward less the mean of the others: (samples, ...) -> (samples, ...)."""
+    return reward - (reward.sum(0) - reward) / (len(reward) - 1)
 
-    One ranking is drawn from each sample of ``uniform`` (``sample_rankings``). Rewards are normalised by the
-    best order's; advantages are standardised over the samples of each agent. The value is a
-    surrogate: only its gradient means something.
-    """
-    with torch.no_grad():
-        rankings = sample_rankings(scores, uniform)
-        reward = -total_cost(importance, rankings) / optimal_total_cost(importance)  # (samples, ...)
-        baseline = (reward.sum(0) - reward) / (len(reward) - 1)
-        advantage = reward - baseline
-        advantage = (advantage - advantage.mean(0)) / (advantage.std(0) + 1e-8)
-    return -(advantage * log_probability(scores, rankings)).mean(0)
+
+def standardise(advantage: Tensor) -> Tensor:
+    """Mean 0 and standard deviation 1 over the samples: (samples, ...) -> (samples, ...)."""
+    return (advantage - advantage.mean(0)) / (advantage.std(0) + 1e-8)
 
 
 def sample_rankings(scores: Tensor, uniform: Tensor) -> Tensor:
@@ -56,8 +60,11 @@ def sample_rankings(scores: Tensor, uniform: Tensor) -> Tensor:
     return torch.argsort(scores.float() + gumbel, dim=-1, descending=True)
 
 
-def log_probability(scores: Tensor, rankings: Tensor) -> Tensor:
-    """Plackett-Luce log-probability: (..., n), (samples, ..., n) -> (samples, ...)."""
-    ordered = scores.expand(rankings.shape).gather(-1, rankings)
+def log_probability(scores: Tensor, rankings: Tensor, present: Tensor) -> Tensor:
+    """Plackett-Luce log-probability: (..., n), (samples, ..., n) -> (samples, ...).
+
+    Only of the tokens that are ``present`` (..., n); those that are not come last in every ranking.
+    """
+    ordered, known = (states.expand(rankings.shape).gather(-1, rankings) for states in (scores, present))
     remaining = ordered.flip(-1).logcumsumexp(-1).flip(-1)
-    return (ordered - remaining).sum(-1)
+    return torch.where(known, ordered - remaining, 0).sum(-1)

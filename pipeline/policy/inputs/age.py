@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pipeline.policy.inputs.base import AgentInput
+from pipeline.policy.inputs.base import AgentInput, CachedTokens
 
 
 class Age(AgentInput):
@@ -13,8 +13,6 @@ class Age(AgentInput):
         """One number."""
         return 1
 
-    def of(self, keys: Tensor, values: Tensor) -> Tensor:
+    def of(self, tokens: CachedTokens) -> Tensor:
         """See :meth:`AgentInput.of`."""
-        tokens = keys.shape[1]
-        index = torch.arange(tokens, device=keys.device, dtype=torch.float32)
-        return (torch.log1p(tokens - 1 - index) / 8)[:, None]
+        return (torch.log1p((tokens.cache_size - 1 - tokens.positions).float()) / 8)[..., None]

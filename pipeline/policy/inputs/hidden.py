@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pipeline.policy.inputs.base import AgentInput
+from pipeline.policy.inputs.base import AgentInput, CachedTokens
 
 
 class Hidden(AgentInput):
@@ -17,6 +17,6 @@ class Hidden(AgentInput):
         """One number per channel of what stands in the keys' place."""
         return head_dim
 
-    def of(self, keys: Tensor, values: Tensor) -> Tensor:
+    def of(self, tokens: CachedTokens) -> Tensor:
         """Where there are hidden states, they come in the keys' place (``studies/sensitivity/hidden.py``)."""
-        return keys
+        return tokens.keys

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pipeline.policy.inputs.base import AgentInput
+from pipeline.policy.inputs.base import AgentInput, CachedTokens
 
 
 class Position(AgentInput):
@@ -13,7 +13,6 @@ class Position(AgentInput):
         """One number."""
         return 1
 
-    def of(self, keys: Tensor, values: Tensor) -> Tensor:
+    def of(self, tokens: CachedTokens) -> Tensor:
         """See :meth:`AgentInput.of`."""
-        index = torch.arange(keys.shape[1], device=keys.device, dtype=torch.float32)
-        return (torch.log1p(index) / 8)[:, None]
+        return (torch.log1p(tokens.positions.float()) / 8)[..., None]

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pipeline.policy.inputs.base import AgentInput
+from pipeline.policy.inputs.base import AgentInput, CachedTokens
 
 
 class Value(AgentInput):
@@ -16,6 +16,6 @@ class Value(AgentInput):
         """One number per channel."""
         return head_dim
 
-    def of(self, keys: Tensor, values: Tensor) -> Tensor:
+    def of(self, tokens: CachedTokens) -> Tensor:
         """See :meth:`AgentInput.of`."""
-        return values
+        return tokens.values

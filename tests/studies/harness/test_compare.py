@@ -12,13 +12,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from pipeline.errors import PipelineError
 from pipeline.eviction.budget import EvaluationParams
 from pipeline.models.load import load_model, load_tokenizer
-from pipeline.traces.importance import TracesParams
 from studies.harness.compare import DEFINITIONS, TOLERANCE, Answered, compare, harness_answers, own_answers
 from tests.benchmarks.making import CHOICES, build, choice, write
 from tests.benchmarks.test_choice import HUB_FILES, HUB_ROWS, PLAIN_ROWS, RENDERED
 
 EVALUATION = EvaluationParams(budgets=(20,), n_sink=4, n_recent=16, seed=0)
-TRACES = TracesParams(block_size=16, query_chunk=32, sequences_per_shard=2)
 PLAIN_HELLASWAG = [
     PLAIN_ROWS["hellaswag"],
     {"question": "[header] How to: [title] Buy. [step] See  a door", "choices": ["a", "[b] c", "d", "e"], "answer": 1},
@@ -58,7 +56,7 @@ def test_every_row_is_answered_as_by_the_harness(
     samples = build(benchmark, source, tiny, task)["test"]
     harness = harness_answers(benchmark, source, samples, tiny, "float32", "cpu", tmp_path / "harness")
     model, tokenizer = load_model(tiny, "float32", "cpu"), load_tokenizer(tiny)
-    ours = own_answers(benchmark, samples, model, tokenizer, EVALUATION, TRACES)
+    ours = own_answers(benchmark, samples, model, tokenizer, EVALUATION)
     found = compare(harness, ours, TOLERANCE[torch.float32])
     assert found.complete, found
     assert found.rows == len(rows)

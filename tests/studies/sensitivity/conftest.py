@@ -15,17 +15,18 @@ from pipeline.policy.estimators.exact import Exact
 from pipeline.policy.estimators.rloo import Rloo
 from pipeline.policy.estimators.soft_rank import SoftRank
 from pipeline.policy.train import TrainParams
-from pipeline.traces.capture import LayerTrace
-from pipeline.traces.shards import TraceShape, write_manifest, write_shard
+from pipeline.traces.shards import TraceShape
 from studies.sensitivity.hidden import write_hidden_manifest, write_hidden_shard
 from studies.sensitivity.params import Longer, StudySensitivity
 from studies.sensitivity.trace_sets import HIDDEN, LONGER_HIDDEN, LONGER_TRACES, TraceSet
+from tests.traces.synthetic import Cache, write_traces
 
 Splits = Mapping[str, Sequence[int]]
 LAYERS, KV_HEADS = 4, 2
 TRAIN = TrainParams(
     agent=AgentParams(hidden_width=16, hidden_layers=2, inputs=("key", "value", "position")),
     steps=120,
+    batch_size=1,
     learning_rate=1e-2,
     final_learning_rate=1e-4,
     warmup_steps=12,
@@ -51,36 +52,31 @@ STUDY = StudySensitivity(
 SHORT, LONG = {"train": range(40, 46), "validation": (50, 50, 50)}, {"validation": (120, 140)}
 
 
-def write_traces(root: Path, hidden: Path, model: str, benchmark: str, channel: int, splits: Splits) -> None:
+def write_set(root: Path, hidden: Path, model: str, benchmark: str, channel: int, splits: Splits) -> None:
     """Traces of all layers and hidden states of the study's; splits: split -> tokens of each sequence."""
-    shape = TraceShape(model, benchmark, LAYERS, KV_HEADS, head_dim=4, block_size=8)
+    shape = TraceShape(model, benchmark, tuple(range(LAYERS)), KV_HEADS, head_dim=4)
     generator = torch.Generator().manual_seed(channel + len(splits))
 
-    def sequence(tokens: int) -> list[LayerTrace]:
-        layers = []
-        for _ in range(LAYERS):
-            keys, values = torch.randn(2, KV_HEADS, tokens, 4, generator=generator)
-            record = torch.exp(2 * keys[..., channel : channel + 1]).expand(KV_HEADS, tokens, -(-tokens // 8))
-            layers.append(LayerTrace(keys, values, record))
-        return layers
+    def cache(tokens: int) -> Cache:
+        keys, values = torch.randn(2, LAYERS, KV_HEADS, tokens, 4, generator=generator)
+        return keys, values, torch.exp(2 * keys[..., channel])
 
-    for split, lengths in splits.items():
-        found = [(index, f"{split[0]}{index}", sequence(tokens)) for index, tokens in enumerate(lengths)]
-        write_shard(root, split, 0, shape, found)
+    found = {split: [[cache(tokens)] for tokens in lengths] for split, lengths in splits.items()}
+    write_traces(root, shape, found)
+    for split, sequences in found.items():
         states = [
-            (index, name, {layer: traces[layer].keys.transpose(0, 1).flatten(1) for layer in STUDY.layers})
-            for index, name, traces in found
+            (index, f"{split}{index}", {layer: keys[layer].transpose(0, 1).flatten(1) for layer in STUDY.layers})
+            for index, [(keys, _, _)] in enumerate(sequences)
         ]
         write_hidden_shard(hidden, split, 0, STUDY.layers, KV_HEADS * 4, states)
-    write_manifest(root, shape, dict.fromkeys(splits, 1))
     write_hidden_manifest(hidden, KV_HEADS * 4)
 
 
 def write_all(traces: Path, extra: Path, model: str) -> None:
     """What the stage traces and the study's would leave, of both benchmarks."""
     for channel, benchmark in enumerate(("ruler", "dialogues")):
-        write_traces(traces / benchmark, extra / benchmark / HIDDEN, model, benchmark, channel, SHORT)
-    write_traces(extra / "ruler" / LONGER_TRACES, extra / "ruler" / LONGER_HIDDEN, model, "ruler", 0, LONG)
+        write_set(traces / benchmark, extra / benchmark / HIDDEN, model, benchmark, channel, SHORT)
+    write_set(extra / "ruler" / LONGER_TRACES, extra / "ruler" / LONGER_HIDDEN, model, "ruler", 0, LONG)
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from pipeline.params import Params, check_params
 from pipeline.profiles import render
 from pipeline.samples.sample import Sample, Split
 from pipeline.section import parse_text
-from pipeline.traces.importance import TracesParams
+from pipeline.traces.params import TracesParams
 from studies.sensitivity.capture import capture, count_sequences
 from studies.sensitivity.trace_sets import longer_sets, trace_sets
 from tests.conftest import MakeModel
 from tests.studies.sensitivity.conftest import STUDY
 
 REPOSITORY = Path(__file__).parents[3]
-TRACES = TracesParams(block_size=8, query_chunk=16, sequences_per_shard=1)
+TRACES = TracesParams(cuts=2, at_prompt_end=0.5, tokens=20, sequences_per_shard=1, seed=0)
 LAYERS = STUDY.model_copy(update={"layers": (0, 2)})
 CACHE_ONLY = LAYERS.model_copy(update={"inputs": ("keys",)})
 
@@ -47,9 +47,9 @@ def test_readers_find_what_was_captured(make_model: MakeModel, tmp_path: Path) -
     assert found.length == 1024
     cache, hidden = (found.reader("validation", hidden, 0, (2, 0)) for hidden in (False, True))
     assert cache.shape.layer_numbers == (2, 0)
-    assert [sequence.tokens for sequence in cache.sequences] == [70, 71]
-    assert cache.read(1)[0].shape == (4, 71, 16)
-    assert hidden.read(1)[0].shape == (4, 71, 64)
+    assert [info.cache_size for info in cache.examples] == [35, 35]
+    assert cache.read(1).keys.shape == (4, 35, 16)
+    assert hidden.read(1).keys.shape == (4, 35, 64)
     # The hidden states of the sequences in traces/ lie apart from those.
     short = trace_sets(profile(), tmp_path / "traces", tmp_path / "extra")[0]
     assert (short.benchmark, short.length, short.traces) == ("ruler", 512, tmp_path / "traces/ruler")

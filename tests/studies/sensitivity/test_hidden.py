@@ -12,12 +12,12 @@ from pipeline.errors import PipelineError
 from pipeline.models.layers import full_attention_layers
 from pipeline.samples.sample import Sample, Split
 from pipeline.traces.build import build_traces
-from pipeline.traces.importance import TracesParams
-from pipeline.traces.shards import TraceReader
+from pipeline.traces.params import TracesParams
+from pipeline.traces.shards import ExampleReader
 from studies.sensitivity.hidden import HiddenReader, build_hidden_states, record_hidden_states
 from tests.conftest import FAMILIES, SIZES, MakeModel
 
-TRACES = TracesParams(block_size=8, query_chunk=16, sequences_per_shard=2)
+TRACES = TracesParams(cuts=2, at_prompt_end=0.5, tokens=20, sequences_per_shard=2, seed=0)
 LAYERS = (0, 2)
 Advance = Callable[[int], None]
 
@@ -68,25 +68,35 @@ def test_recorded_states_are_what_transformers_says_behind_the_norm(family: str,
 
 def test_keys_and_values_are_computed_from_them(make_model: MakeModel, directory: Path) -> None:
     model = make_model("llama")
-    states, _, _ = HiddenReader(directory / "traces", directory / "hidden", "train", 0, LAYERS).read_layer(2, 3)
-    _, values, _ = TraceReader(directory / "traces", "train", 0).read_layer(2, 3)
-    with torch.no_grad():
-        projected = model.base_model.layers[2].self_attn.v_proj(states[0].float())  # type: ignore[index, operator, union-attr]
-    torch.testing.assert_close(projected.view(-1, 2, 16).transpose(0, 1), values.float(), rtol=1e-2, atol=1e-2)
+    hidden = HiddenReader(directory / "traces", directory / "hidden", "train", 0, [2]).read(5)
+    example = ExampleReader(directory / "traces", "train", 0, [2]).read(5)
+    for head in range(2):
+        known = example.count[head] > 0
+        states, values = hidden.keys[head][known].float(), example.values[head][known].float()
+        with torch.no_grad():
+            projected = model.base_model.layers[2].self_attn.v_proj(states)  # type: ignore[index, operator, union-attr]
+        torch.testing.assert_close(projected.view(-1, 2, 16)[:, head], values, rtol=1e-2, atol=1e-2)
+        assert 1 < len(values) < example.cache_size
 
 
 def test_a_reader_gives_hidden_states_in_place_of_keys(directory: Path) -> None:
     reader = HiddenReader(directory / "traces", directory / "hidden", "train", 1 << 20, (2, 0), [4, 1])
-    plain = TraceReader(directory / "traces", "train", 0, (2, 0), [4, 1])
+    plain = ExampleReader(directory / "traces", "train", 0, (2, 0), [4, 1])
     width, kv_heads = SIZES["hidden_size"], SIZES["num_key_value_heads"]
     assert (reader.shape.head_dim, reader.shape.layer_numbers) == (width, (2, 0))
-    for index, tokens in enumerate((34, 31)):
-        keys, values, record = reader.read(index)
-        assert keys.shape == (2 * kv_heads, tokens, width)
-        assert values.shape == (2 * kv_heads, tokens, 0)
-        assert torch.equal(record, plain.read(index)[2])
-        assert torch.equal(keys[0], keys[1])  # the heads of a layer share it
-        assert not torch.equal(keys[0], keys[2])
+    assert [info.sequence for info in reader.examples] == [1, 1, 4, 4]
+    for index in range(4):
+        found, example = reader.read(index), plain.read(index)
+        heads, known = example.count.shape
+        assert found.keys.shape == (heads, known, width) == (2 * kv_heads, known, width)
+        assert found.values.shape == (heads, known, 0)
+        for name in ("positions", "importance", "count", "best_cost"):
+            assert torch.equal(getattr(found, name), getattr(example, name))
+        # The heads of a layer share the state of a token.
+        by_token = [dict(zip(example.positions[h].tolist(), found.keys[h], strict=True)) for h in range(heads)]
+        for token in set(by_token[0]) & set(by_token[1]):
+            assert torch.equal(by_token[0][token], by_token[1][token])
+            assert token not in by_token[2] or not torch.equal(by_token[0][token], by_token[2][token])
 
 
 def test_an_interrupted_run_continues_and_ends_with_the_same_bytes(
@@ -129,9 +139,9 @@ def test_a_changed_file_is_named(directory: Path, tmp_path: Path) -> None:
     content[100] ^= 1
     damaged.write_bytes(content)
     reader = HiddenReader(directory / "traces", root, "train", 0, LAYERS)
-    reader.read_layer(2, 0)
+    reader.read(0)
     with pytest.raises(PipelineError, match=r"hidden=02/shard-00001.parquet is missing or was changed"):
-        reader.read(2)
+        reader.read(4)
     (root / "manifest.json").unlink()
     with pytest.raises(PipelineError, match="run the stage sensitivity_traces again"):
         HiddenReader(directory / "traces", root, "train", 0, LAYERS)

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.policy.agents import load_policy
 from pipeline.policy.train import describe, train_policy, validation_cost
-from pipeline.traces.shards import TraceReader
+from pipeline.traces.shards import ExampleReader
 from studies.sensitivity.columns import BASE, STUDY_COLUMNS
 from studies.sensitivity.hidden import HiddenReader
 from studies.sensitivity.params import StudySensitivity
@@ -84,10 +84,10 @@ def test_costs_are_those_of_the_policy_trained_on_these_layers(
 ) -> None:
     _, table = finished
 
-    def reader(found: TraceSet, split: str) -> TraceReader:
+    def reader(found: TraceSet, split: str) -> ExampleReader:
         if inputs == "hidden":
             return HiddenReader(found.traces, found.hidden, split, 0, layers=[1, 3])
-        return TraceReader(found.traces, split, 0, layers=[1, 3])
+        return ExampleReader(found.traces, split, 0, layers=[1, 3])
 
     ruler = traces.trained["ruler"]
     train, own = reader(ruler, "train"), reader(ruler, "validation")
