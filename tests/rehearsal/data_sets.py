@@ -175,8 +175,8 @@ def _oasst2(folder: Path, words: Words) -> None:
             message(number, "last-reply", "next", 60, lang),
         ]
 
-    trees = [tree(number) for number in range(60)]
-    for split, held in (("train", trees[:50]), ("validation", trees[50:])):
+    trees = [tree(number) for number in range(140)]
+    for split, held in (("train", trees[:120]), ("validation", trees[120:])):
         _write(folder / f"data/{split}-00000-of-00001.parquet", [row for rows in held for row in rows], schema)
     # The same once more, as the project that collected them gives them out.
     lines = "".join(json.dumps(row) + "\n" for rows in trees for row in rows)
