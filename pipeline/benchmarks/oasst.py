@@ -143,14 +143,9 @@ def read_messages(source: Path) -> list[dict[str, Any]]:
             raise PipelineError(
                 f"{source} holds neither data/*.parquet nor *_ready.messages.jsonl.gz; name the file of messages."
             )
-    rows = [(f"{place}: row {n}", row) for file in files for n, (place, row) in enumerate(read_placed_rows(file))]
-    raw = [(where, message) for where, row in rows for message in _unfold(row, where)]
+    raw = [placed for file in files for placed in _unfolded(file)]
     if not raw:
         raise PipelineError(f"{source} holds no messages; fetch it again.")
-    # Tools leave out what is null, so that single rows may lack any of them.
-    require_columns(
-        [dict.fromkeys(column for _, message in raw for column in message)], _COLUMNS, source, "OASST2's schema"
-    )
     messages: dict[str, dict[str, Any]] = {}
     for where, row in raw:
         message = validated(_Message, row, where, "OASST", "OASST2's schema").model_dump()
@@ -263,6 +258,16 @@ class _Composer:
             # In front of another turn: what a template adds once per dialogue is no part of a thread.
             self.sizes[thread.leaf] = self._tokens([*thread.turns, _NEXT]) - self._tokens([_NEXT])
         return self.sizes[thread.leaf]
+
+
+def _unfolded(file: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The messages of a file as they are written, each with where it stands."""
+    rows = [(f"{place}: row {n}", row) for n, (place, row) in enumerate(read_placed_rows(file))]
+    raw = [(where, message) for where, row in rows for message in _unfold(row, where)]
+    # Tools leave out what is null, so that single rows may lack any of them, but not a whole file.
+    columns = [dict.fromkeys(column for _, message in raw for column in message)] if raw else []
+    require_columns(columns, _COLUMNS, file, "OASST2's schema")
+    return raw
 
 
 def _unfold(row: dict[str, Any], where: str) -> Iterator[dict[str, Any]]:

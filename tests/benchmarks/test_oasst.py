@@ -79,6 +79,16 @@ def test_all_published_layouts_give_the_same_threads(tmp_path: Path) -> None:
         ), source
 
 
+def test_a_column_that_one_file_of_several_lacks_is_named_with_that_file(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    pl.DataFrame(ROWS[:120]).write_parquet(tmp_path / "data/train-00000-of-00001.parquet")
+    lacking = tmp_path / "data/validation-00000-of-00001.parquet"
+    # Otherwise its replies would answer nothing, and be left out without a word.
+    pl.DataFrame(ROWS[120:]).drop("parent_id").write_parquet(lacking)
+    with pytest.raises(PipelineError, match=f"{lacking}: some rows lack parent_id; the source must follow OASST2"):
+        read_messages(tmp_path)
+
+
 def test_a_thread_follows_the_best_replies_and_every_prompt() -> None:
     rows = [
         message("a", None, "t", "prompter"),
