@@ -28,6 +28,7 @@ NO_BYTES = {
     "pipeline/registry.py": "finds a file by its name",
     "pipeline/closure.py": "names what a result depends on",
     "pipeline/work.py": "keeps unfinished work and renames what is finished",
+    "pipeline/executor": "schedules; the units are cut before it sees them",
     "pipeline/tracking": "copies to MLflow what lies in files",
     "stages/_app.py": "the command line: options, progress, errors",
     "stages/_paths.py": "where outputs lie; DVC's own dependencies and outputs",

@@ -9,19 +9,31 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from pipeline.errors import PipelineError
+from pipeline.executor.place import check_device as check_device
+from pipeline.executor.place import limit_threads as limit_threads
 from pipeline.files import is_disk_full
+
+if TYPE_CHECKING:
+    from pipeline.executor.units import Advance, Executor, Job
 
 ModelOption = Annotated[str, typer.Option(help="Name of a model in params.yaml.")]
 BenchmarkOption = Annotated[str, typer.Option(help="Name of a benchmark in params.yaml.")]
 TrainedOnOption = Annotated[str, typer.Option(help="Name of the benchmark in params.yaml that is learned from.")]
 DeviceOption = Annotated[str, typer.Option(envvar="KVP_DEVICE", help="Where to compute: cpu, cuda, cuda:1, ...")]
+ExecutorOption = Annotated[
+    Literal["local", "ray"], typer.Option(envvar="KVP_EXECUTOR", help="Who computes: this process, or Ray's workers.")
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option(envvar="KVP_WORKERS", min=1, help="Ray's workers; by default as many as there is room for."),
+]
 
 
 def run(*commands: Callable[..., None], checked: bool = True) -> None:
@@ -95,14 +107,8 @@ def _report_unraisable(dropped: "sys.UnraisableHookArgs") -> None:
         sys.__unraisablehook__(dropped)
 
 
-class Advance(Protocol):
-    """Reports that ``count`` more units are done, with an optional short status."""
-
-    def __call__(self, count: int = 1, status: str = "") -> None: ...
-
-
 @contextmanager
-def progress(description: str, total: int) -> Iterator[Advance]:
+def progress(description: str, total: int) -> Iterator["Advance"]:
     """Show progress with ETA on stderr: a bar on a terminal, a line per tenth elsewhere.
 
     Each step raises KeyboardInterrupt if Ctrl-C was pressed and got lost.
@@ -140,20 +146,10 @@ def progress(description: str, total: int) -> Iterator[Advance]:
     yield log
 
 
-def check_device(device: str) -> None:
-    """Refuse a device that this machine or this build of torch does not have."""
-    import torch
+def run_job(job: "Job[Any]", executor: "Executor") -> None:
+    """Do all units of a job, with their progress."""
+    from pipeline.executor.units import run_units
 
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise PipelineError(f"--device {device} cannot be used ({reason}); choose another.") from None
-
-
-def limit_threads() -> None:
-    """Use as many threads as there are usable cores, unless the user said otherwise."""
-    import torch
-
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    units = job.units()
+    with progress(job.name, sum(units.values())) as advance:
+        run_units(job, units, executor, advance)

@@ -75,7 +75,8 @@ def read_batches(
 
     def read(step: int) -> Batch:
         drawn = [reader.read(index) for index in draw_examples(len(reader.examples), batch_size, seed, step)]
-        return make_batch(drawn, estimator.rankings, generator(seed, "rankings", step), device)
+        draws = generator(seed, "rankings", step, reader.shape.layer_numbers[0])
+        return make_batch(drawn, estimator.rankings, draws, device)
 
     with ThreadPoolExecutor(_AHEAD) as pool:
         ahead = deque(pool.submit(read, step) for step in steps[:_AHEAD])

@@ -88,7 +88,7 @@ def train_policy(
     """
     trace = reader.shape
     shape = PolicyShape(trace.layers, trace.kv_heads, trace.head_dim, params.agent)
-    policy = Policy(shape, generator(params.seed, "weights")).to(device)
+    policy = Policy(shape, generator(params.seed, "weights", trace.layer_numbers[0])).to(device)
     _normalise(policy, reader)
     # Fused: one pass over parameters, gradients and moments instead of one for each operation.
     optimizer = torch.optim.AdamW(

@@ -67,17 +67,31 @@ def build_traces(
     layout = cache_layout(model)
     kept = tuple(number for number in layout.ranked if layers is None or number in layers)
     shape = TraceShape(model_name, benchmark, kept, layout.kv_heads, layout.head_dim)
-    shards: dict[str, int] = {}
+    size = params.sequences_per_shard
+    shards = {split: -(-len(samples) // size) for split, samples in splits.items()}
     for split, samples in splits.items():
-        size = params.sequences_per_shard
-        shards[split] = -(-len(samples) // size)
         for shard in range(shards[split]):
             if marker(work, split, shard).is_file():
                 advance(len(samples[shard * size : (shard + 1) * size]))
             else:
-                with ShardWriter(work, split, shard, shape) as writer:
-                    _Capture(model, params, split, writer, layout.ranked).run(samples, shard * size, advance)
+                build_shard(work, model, shape, split, shard, samples, params, advance)
     write_manifest(work, shape, shards)
+
+
+def build_shard(
+    work: Path,
+    model: PreTrainedModel,
+    shape: TraceShape,
+    split: str,
+    shard: int,
+    samples: Sequence[Sample],
+    params: TracesParams,
+    advance: Callable[[int], None],
+) -> None:
+    """Write one shard of a split, whose ``samples`` are all of it; otherwise as :func:`build_traces`."""
+    with ShardWriter(work, split, shard, shape) as writer:
+        capture = _Capture(model, params, split, writer, cache_layout(model).ranked)
+        capture.run(samples, shard * params.sequences_per_shard, advance)
 
 
 @dataclass(frozen=True)
