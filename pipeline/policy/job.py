@@ -1,4 +1,4 @@
-"""The training of a policy as units of work: a unit is the agents of some layers, which share nothing with the others."""
+"""The training of a policy as units of work: a unit is the agents of some layers, which share nothing with others."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

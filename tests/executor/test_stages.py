@@ -4,6 +4,9 @@ import copy
 import dataclasses
 from pathlib import Path
 
+import polars as pl
+import psutil
+import pytest
 import torch
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -15,12 +18,21 @@ from pipeline.eviction.baselines.base import Baseline
 from pipeline.eviction.budget import AtBenchmark, EvaluationParams
 from pipeline.executor.units import LOCAL, run_units
 from pipeline.files import write_json
-from pipeline.policy.agents import AgentParams, Policy, PolicyShape, save_policy
-from pipeline.samples.sample import Sample, write_samples
+from pipeline.policy.agents import AgentParams, Policy, PolicyShape, load_policy, save_policy
+from pipeline.policy.estimators.base import Estimator
+from pipeline.policy.estimators.exact import Exact
+from pipeline.policy.estimators.rloo import Rloo
+from pipeline.policy.job import TrainingJob
+from pipeline.policy.train import TrainParams
+from pipeline.samples.sample import Sample, Split, write_samples
 from pipeline.tables import PolicyKey
+from pipeline.traces.job import TracesJob
+from pipeline.traces.params import TracesParams
+from pipeline.traces.shards import ExampleReader, TraceShape
 from tests.conftest import MakeModel
 from tests.executor.conftest import Machines, Start, files, finish
 from tests.executor.jobs import Behind, until
+from tests.traces.synthetic import random_cache, write_traces
 
 CONTEXT = 60
 SAMPLES = 4
@@ -36,10 +48,10 @@ def write_model(folder: Path, make_model: MakeModel) -> None:
     tokenizer.save_pretrained(folder / "model")
 
 
-def sample(number: int) -> Sample:
+def sample(number: int, split: Split = "test") -> Sample:
     ids = (torch.arange(CONTEXT + 6) * (37 + 2 * number) % 125 + 3).tolist()
     asked = ("likelihood", "text")
-    return Sample(f"s{number}", "ruler", "vt", "test", tuple(ids), CONTEXT, None, ("w9",), 4, "{}", asked)
+    return Sample(f"s{number}", "ruler", "vt", split, tuple(ids), CONTEXT, None, ("w9",), 4, "{}", asked)
 
 
 def test_an_evaluation_whose_machine_dies(
@@ -80,3 +92,90 @@ def test_an_evaluation_whose_machine_dies(
     assert files(folder / "ray") == expected
     assert sum("a worker died in unit" in line for line in lines) == 1
     assert sorted(map(len, behind.came().values())) == [1, 1, 1, 2]
+
+
+def test_a_capture_whose_machine_dies(make_model: MakeModel, machines: Machines, start: Start, folder: Path) -> None:
+    write_model(folder, make_model)
+    for split, count in (("train", 3), ("validation", 1)):
+        write_samples(folder / f"{split}.parquet", [sample(number, split) for number in range(count)])
+    job = TracesJob(
+        name="traces tiny ruler",
+        directory=folder / "local",
+        code=Code(str(ROOT / "stages/traces.py")),
+        device="cpu",
+        shape=TraceShape("tiny", "ruler", (0, 1, 2), kv_heads=2, head_dim=16),
+        dtype="float32",
+        weights=folder / "model",
+        samples={split: folder / f"{split}.parquet" for split in ("train", "validation")},
+        params=TracesParams(cuts=2, at_prompt_end=0.5, tokens=20, sequences_per_shard=1, seed=0),
+    )
+    assert list(job.units()) == ["train-00000", "train-00001", "train-00002", "validation-00000"]
+    shut = ("train-00002", "validation-00000")
+    with_a_death(job, shut, 0, machines, start, folder)
+    assert len(ExampleReader(folder / "ray", "train", 0).examples) == 6
+
+
+@pytest.mark.parametrize("estimator", [Exact(), Rloo(samples=3)], ids=lambda estimator: estimator.name)
+def test_a_training_whose_machine_dies(estimator: Estimator, machines: Machines, start: Start, folder: Path) -> None:
+    shape = TraceShape("tiny", "ruler", tuple(range(2, 12)), kv_heads=2, head_dim=4)
+    splits = {split: [[random_cache(shape, 30, seed)]] * 3 for seed, split in enumerate(("train", "validation"))}
+    write_traces(folder / "traces", shape, splits, tokens=12)
+    params = TrainParams(
+        agent=AgentParams(hidden_width=8, hidden_layers=1, inputs=("key", "value", "age")),
+        steps=9,
+        batch_size=2,
+        learning_rate=1e-2,
+        final_learning_rate=1e-3,
+        warmup_steps=2,
+        warmup_factor=0.1,
+        gradient_clip=5.0,
+        weight_decay=0.01,
+        validate_every=4,
+        checkpoint_every=2,
+        seed=0,
+    )
+    job = TrainingJob(
+        name="train tiny ruler",
+        directory=folder / "local",
+        code=Code(str(ROOT / "stages/train.py")),
+        device="cpu",
+        traces=folder / "traces",
+        layer_numbers=shape.layer_numbers,
+        estimator=estimator,
+        params=params,
+        cache_bytes=1 << 20,
+        config={"model": "tiny"},
+    )
+    assert job.units() == {"layer-002": 9, "layer-006": 9, "layer-010": 9}
+    # The last of its advances is the sixth step; two checkpoints lie behind it.
+    with_a_death(job, ("layer-006", "layer-010"), 7, machines, start, folder)
+    policy, _ = load_policy(folder / "ray/policy", "tiny")
+    assert policy.shape.layers == 10
+    curves = pl.read_parquet(folder / "ray/policy/curves.parquet")
+    assert curves.select("layer", "kv_head").unique().height == 20
+    assert curves.filter(metric="loss").height == 9 * 20
+    # A layer trains as it does alone: its unit's file holds it.
+    part, _ = load_policy(folder / "ray/layer-006", "tiny")
+    for name, states in part.state_dict().items():
+        assert torch.equal(policy.state_dict()[name][8:16], states)
+
+
+def with_a_death(
+    job: TracesJob | TrainingJob, shut: tuple[str, ...], step: int, machines: Machines, start: Start, folder: Path
+) -> None:
+    """Do a job here, and on two machines of which one is taken away in a unit: the same files."""
+    run_units(job, job.units(), LOCAL, lambda count=1, status="": None)
+    job.gather()
+    spread = dataclasses.replace(job, directory=folder / "ray")
+    behind = Behind(spread, folder / "doors", shut=shut, step=step)
+    process = start(behind)
+    until(lambda: set(shut) <= set(behind.came()), "the last two units", process)
+    waiting = [process for unit in shut for process in behind.came()[unit]]
+    machines.kill()
+    # A worker outlives its machine for a moment, in which it might do all that is left.
+    until(lambda: not all(map(psutil.pid_exists, waiting)), "the end of a worker", process)
+    (folder / "doors/open").touch()
+    lines = finish(process)
+    spread.gather()
+    assert files(folder / "ray") == files(folder / "local")
+    assert sum("a worker died in unit" in line for line in lines) == 1
