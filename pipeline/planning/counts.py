@@ -4,6 +4,7 @@ Bytes of traces, policies and evicted caches and the FLOPs of matrix products fo
 tested against it. Passes over memory are counted by reading that code, at whole tensors.
 """
 
+import math
 from collections.abc import Sequence
 
 from pipeline.planning.devices import Work
@@ -13,9 +14,9 @@ from pipeline.policy.estimators.base import Estimator
 from pipeline.policy.estimators.exact import WEIGHTS_PER_BLOCK
 from pipeline.traces.capture import WEIGHTS_PER_CHUNK
 
-# Of a token in the trace files besides key and value: position, importance and probability, marks of where its lists
-# begin, what stays the same within a head. Of a head: its best cost. And the headers and metadata of a row group.
-_TOKEN_BYTES, _HEAD_BYTES, _ROW_GROUP_BYTES = 12 + 1, 8, 1500
+# Of a token in the trace files besides key and value: position, importance and probability; Parquet's marks of where
+# its two vectors begin. Of a head: its best cost. And the headers and metadata of a row group.
+_TOKEN_BYTES, _HEAD_BYTES, _ROW_GROUP_BYTES = 12 + 10, 8, 1050
 # Passes of a layer over its hidden states (norms, rotations, residuals) and over its MLP's (activation, product).
 _HIDDEN_PASSES, _INTERMEDIATE_PASSES = 24, 6
 # Operations of one layer of a transformers model, and what capture adds for a chunk of queries.
@@ -63,43 +64,55 @@ def evicted_bytes(
     return (kept + context - 1 + reserve) * shape.ranked_numbers * item_bytes
 
 
-def capture_work(shape: ModelShape, tokens: int, item_bytes: int, recorded: float) -> Work:
+def capture_work(shape: ModelShape, tokens: int, item_bytes: int, recorded: float, accelerator: bool) -> Work:
     """One run over a sequence (``pipeline/traces/capture.py``).
 
     ``recorded`` is the share of all pairs of a query and a token before it whose attention is added up.
     """
-    pairs = shape.query_heads * (
-        shape.ranked_layers * tokens**2 / 2
+    together = 1 if accelerator else shape.kv_heads  # passes over the queries: all KV heads at once, or one by one
+    plain = tokens * math.sqrt(1 - recorded)  # queries that go through the fused kernel
+    rows = tokens - plain
+    size = min(rows, _at_once(shape, tokens, accelerator))
+    # A chunk looks at all keys up to its end, so at half a chunk's more than it needs.
+    chunked = shape.query_heads * shape.ranked_layers * (rows * (tokens + plain) + rows * size) / 2
+    fused = shape.query_heads * (
+        shape.ranked_layers * plain**2 / 2
         + (shape.layers - shape.ranked_layers) * min(tokens / 2, shape.window) * tokens
     )
-    chunks = max(1.0, shape.query_heads * tokens**2 / WEIGHTS_PER_CHUNK["cuda"])
-    # Product, softmax in float32, cast, product, maximum over the group's query heads, sum. What is fused stays in a
-    # processor's cache.
-    cast = 0 if item_bytes == 4 else 4 + item_bytes
-    pair_bytes = recorded * (3 * item_bytes + 8 + cast + 8 * shape.kv_heads / shape.query_heads)
+    # Product, softmax in float32, product, maximum over the group's query heads, sum; in a lower precision also
+    # scaling and a cast. What is fused stays in a processor's cache.
+    pair_bytes = (20 if item_bytes == 4 else 28 + 2 * item_bytes) + 8 * shape.kv_heads / shape.query_heads
     token_bytes = item_bytes * (_HIDDEN_PASSES * shape.hidden + _INTERMEDIATE_PASSES * shape.intermediate)
     return Work(
         # The output embedding answers for the last token alone.
         flops=2 * shape.layers * shape.layer_weights * tokens
-        + 4 * shape.head_dim * pairs
+        + 4 * shape.head_dim * (chunked + fused)
         + 2 * shape.hidden * shape.vocabulary,
-        moved=pair_bytes * pairs + shape.layers * tokens * token_bytes,
-        kernels=shape.layers * (LAYER_KERNELS + recorded * _CHUNK_KERNELS * chunks),
+        moved=pair_bytes * chunked + shape.layers * tokens * token_bytes,
+        kernels=shape.layers * LAYER_KERNELS
+        + (shape.ranked_layers * together * math.ceil(rows / size) * _CHUNK_KERNELS if rows else 0),
     )
 
 
-def capture_memory(shape: ModelShape, tokens: int, item_bytes: int, cuts: int) -> dict[str, int]:
+def capture_memory(shape: ModelShape, tokens: int, item_bytes: int, cuts: int, accelerator: bool) -> dict[str, int]:
     """Bytes of such a run at its peak, by part, with the importance at so many ``cuts``."""
-    softmax = 4 + (0 if item_bytes == 4 else item_bytes)
-    chunk = min(WEIGHTS_PER_CHUNK["cuda"], shape.query_heads * tokens**2) * (item_bytes + softmax)
+    heads = shape.query_heads if accelerator else shape.query_heads // shape.kv_heads
+    chunk = heads * tokens * min(tokens, _at_once(shape, tokens, accelerator))
     return {
         "weights": shape.parameters * item_bytes,
         # Layers that slide over a window keep every token during a capture, like the others.
         "cache": 2 * shape.layers * shape.kv_heads * shape.head_dim * tokens * item_bytes,
         "importances": 4 * cuts * shape.heads * tokens,
-        "one chunk of attention": chunk,
+        # Logits and weights in float32, beside the weights of the chunk before, also as they were cast.
+        "one chunk of attention": chunk * (12 if item_bytes == 4 else 12 + item_bytes),
         "activations": tokens * (4 * shape.hidden + 3 * shape.intermediate) * item_bytes,
     }
+
+
+def _at_once(shape: ModelShape, tokens: int, accelerator: bool) -> int:
+    """Queries of a chunk: of all query heads on an accelerator, of one KV head's on a CPU."""
+    heads = shape.query_heads if accelerator else shape.query_heads // shape.kv_heads
+    return max(1, WEIGHTS_PER_CHUNK["cuda" if accelerator else "cpu"] // (heads * tokens))
 
 
 def agent_weights(policy: PolicyShape) -> list[int]:

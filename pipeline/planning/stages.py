@@ -132,6 +132,10 @@ class _Model:
         """All that rank: ours, the baselines and the oracle."""
         return self.trained + len(self.params.baselines) + 1
 
+    def captured(self, tokens: int, recorded: float, item_bytes: int = 0) -> Work:
+        """Of a run over so many tokens, in the model's dtype unless ``item_bytes`` says another."""
+        return capture_work(self.shape, tokens, item_bytes or self.item_bytes, recorded, self.device.accelerator)
+
     def groups(self, benchmark: str) -> list[SampleGroup]:
         return self.params.benchmarks[benchmark].samples.expected()
 
@@ -171,9 +175,9 @@ class _Model:
         # In float32: about ten forwards of a text that exceeds the window where there is one, and the greedy tokens of
         # two decodings.
         tokens = max(_CHECK_TOKENS, self.shape.window)
-        work = capture_work(self.shape, tokens, 4, recorded=1) * 10
+        work = self.captured(tokens, 1, item_bytes=4) * 10
         work += Work(moved=2 * 16 * 4 * self.shape.parameters)
-        parts = capture_memory(self.shape, tokens, 4, cuts=2)
+        parts = capture_memory(self.shape, tokens, 4, 2, self.device.accelerator)
         host = 4 * self.shape.parameters if self.device.accelerator else 0
         return self.cost("check", "", work, _VERDICT_BYTES, host, {**parts}, sum(parts.values()), 10 * tokens)
 
@@ -193,11 +197,11 @@ class _Model:
             recorded = within + (1 - within) * (1 - (group.context / group.tokens) ** 2)
             for split, share in (("train", recorded), ("validation", 0.75)):
                 count = getattr(group, split)
-                work += capture_work(self.shape, group.tokens, self.item_bytes, share) * count
+                work += self.captured(group.tokens, share) * count
                 work += Work(written=self.trace_bytes(group, split)) * count
                 tokens += group.tokens * count
         longest = max(group.tokens for group in self.groups(trained_on))
-        parts = capture_memory(self.shape, longest, self.item_bytes, params.cuts)
+        parts = capture_memory(self.shape, longest, self.item_bytes, params.cuts, self.device.accelerator)
         # One sequence is written while the next is read.
         parts["cache"] *= 2
         # Weights pass through the host on their way to an accelerator.
@@ -277,12 +281,12 @@ class _Model:
             # Caches are gathered, then copied to where there is room for new tokens.
             evicting = Work(moved=RANKING_BYTES * policies * shape.heads * ranked + 4 * evicted)
             # Importance is asked for at the middle and at the end of the context.
-            captured = capture_work(shape, group.tokens, self.item_bytes, recorded=0.75)
+            captured = self.captured(group.tokens, 0.75)
             work += (captured + score_work(self.policy, ranked) * trained + evicting + decoding) * group.test
             tokens += (group.tokens + rows * (scored + generated)) * group.test
             answer = _ANSWER_BYTES * _answers(group) + _LIKELIHOOD_BYTES * scored + _TEXT_BYTES * generated
             disk += (2 * policies * shape.heads * _COST_CURVE_BYTES + rows * answer) * group.test
-            prefill = capture_memory(shape, group.tokens, self.item_bytes, cuts=2)
+            prefill = capture_memory(shape, group.tokens, self.item_bytes, 2, self.device.accelerator)
             stays = prefill["weights"] + prefill["cache"] + prefill["importances"]
             # While a budget's caches get room for new tokens they exist twice.
             twice = policies * min(budgets[-1], group.context) * shape.ranked_numbers * self.item_bytes
@@ -301,8 +305,8 @@ class _Model:
     def texts(self, benchmark: str) -> StageCost:
         count = len(self.params.texts.tasks.get(benchmark, ("the first",)))
         group = self.groups(benchmark)[0]
-        parts = capture_memory(self.shape, group.tokens, self.item_bytes, cuts=2)
-        work = capture_work(self.shape, group.tokens, self.item_bytes, recorded=0.75)
+        parts = capture_memory(self.shape, group.tokens, self.item_bytes, 2, self.device.accelerator)
+        work = self.captured(group.tokens, 0.75)
         work += score_work(self.policy, 1.5 * group.context) * self.trained
         disk = count * self.policies * self.shape.heads * group.context * _RANK_BYTES
         host = self.weight_bytes if self.device.accelerator else 0

@@ -1,10 +1,16 @@
-"""Counted bytes and FLOPs against the code that they count."""
+"""Counted bytes, FLOPs and memory against the code that they count."""
 
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
 
 from pipeline.evaluation.decode import EvictedCache
 from pipeline.models.layout import cache_layout
@@ -13,55 +19,59 @@ from pipeline.planning.counts import (
     capture_work,
     decoded_bytes,
     evicted_bytes,
+    example_bytes,
     policy_bytes,
     score_work,
+    step_memory,
     step_work,
-    trace_bytes,
     training_flops,
 )
 from pipeline.planning.shapes import ModelShape
+from pipeline.policy import agents
 from pipeline.policy.agents import AgentParams, Policy, PolicyShape, save_policy
+from pipeline.policy.batches import make_batch
+from pipeline.policy.estimators.base import Estimator
 from pipeline.policy.estimators.exact import NODES, Exact, expected_cost
 from pipeline.policy.estimators.rloo import Rloo
-from pipeline.traces.capture import LayerTrace, capture_sequence
-from pipeline.traces.importance import TracesParams
-from pipeline.traces.shards import TraceReader, TraceShape, write_manifest, write_shard
+from pipeline.policy.train import compute_gradients
+from pipeline.traces import capture
+from pipeline.traces.capture import run_captured
+from pipeline.traces.example import RankingExample
+from pipeline.traces.shards import ExampleReader, TraceShape
 from tests.conftest import SIZES, MakeModel
+from tests.traces.synthetic import random_cache, write_traces
 
 TINY = ModelShape(3, 3, 6, 2, 16, 64, 96, 128)
 AGENT = AgentParams(hidden_width=12, hidden_layers=2, inputs=("key", "value", "position", "age"))
 POLICY = PolicyShape(TINY.layers, TINY.kv_heads, TINY.head_dim, AGENT)
 
 
-def write_traces(root: Path, shape: TraceShape, tokens: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    blocks = -(-tokens // shape.block_size)
-    size = (shape.kv_heads, tokens)
-    layers = [
-        LayerTrace(
-            torch.randn(*size, shape.head_dim, generator=generator),
-            torch.randn(*size, shape.head_dim, generator=generator),
-            torch.rand(*size, blocks, generator=generator),
-        )
-        for _ in range(shape.layers)
-    ]
-    write_shard(root, "train", 0, shape, [(0, "a", layers)])
-    write_manifest(root, shape, {"train": 1})
+def write(root: Path, shape: ModelShape, sizes: Sequence[int], tokens: int | None) -> TraceShape:
+    """Traces of one sequence with a cache of each size."""
+    traces = TraceShape("tiny", "corpus", tuple(range(shape.layers)), shape.kv_heads, shape.head_dim)
+    write_traces(root, traces, {"train": [[random_cache(traces, size, size) for size in sizes]]}, tokens)
+    return traces
 
 
-@pytest.mark.parametrize(("head_dim", "tokens"), [(64, 950), (64, 1022), (128, 1000), (128, 4096), (96, 300)])
-def test_trace_files_are_as_large_as_counted(head_dim: int, tokens: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("head_dim", "size", "tokens"),
+    [(64, 950, None), (64, 1022, 128), (128, 1000, 120), (128, 4096, 120), (128, 4096, None), (96, 300, 100)],
+)
+def test_trace_files_are_as_large_as_counted(head_dim: int, size: int, tokens: int | None, tmp_path: Path) -> None:
     shape = ModelShape(1, 1, 2, 2, head_dim, 64, 96, 128)
-    write_traces(tmp_path, TraceShape("tiny", "corpus", 1, 2, head_dim, 64), tokens)
+    write(tmp_path, shape, [size] * 8, tokens)
     written = sum(path.stat().st_size for path in tmp_path.rglob("*.parquet"))
-    # Parquet's levels are run-length encoded, which depends on the lengths of the lists.
-    assert trace_bytes(shape, tokens, 64) == pytest.approx(written, rel=0.01)
+    reader = ExampleReader(tmp_path, "train", cache_bytes=0)
+    known = sum(int((reader.read(index).count > 0).sum()) for index in range(8)) / (8 * shape.heads)
+    assert known == pytest.approx(tokens or size, rel=0.05)  # of each token it is drawn whether it is kept
+    assert 8 * example_bytes(shape, size, known) == pytest.approx(written, rel=0.01)
 
 
-def test_decoded_traces_are_as_large_as_counted(tmp_path: Path) -> None:
-    write_traces(tmp_path, TraceShape("tiny", "corpus", 3, 2, 16, 8), 45)
-    tensors = TraceReader(tmp_path, "train", cache_bytes=0).read(0)
-    assert decoded_bytes(TINY, 45, 8) == sum(tensor.nbytes for tensor in tensors)
+def test_decoded_examples_are_as_large_as_counted(tmp_path: Path) -> None:
+    write(tmp_path, TINY, [45], None)
+    example = ExampleReader(tmp_path, "train", cache_bytes=0).read(0)
+    tensors = [value for value in vars(example).values() if isinstance(value, torch.Tensor)]
+    assert decoded_bytes(TINY, 45) == sum(tensor.nbytes for tensor in tensors)
 
 
 def test_a_policy_is_as_large_as_counted(tmp_path: Path) -> None:
@@ -80,25 +90,88 @@ def test_evicted_caches_are_as_large_as_counted() -> None:
     assert evicted_bytes(TINY, policies, budgets, context, reserve, 4) == cache.nbytes
 
 
-@pytest.mark.parametrize(("tokens", "chunk"), [(64, 16), (70, 16), (9, 16)])
-def test_flops_of_a_capture_are_those_that_torch_counts(tokens: int, chunk: int, make_model: MakeModel) -> None:
+class PeakMemory(TorchDispatchMode):
+    """Bytes of all tensors made under it that are held at once, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(returned):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return returned
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.held += size
+            self.peak = max(self.peak, self.held)
+            weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.held -= size
+
+
+def chunks_of(monkeypatch: pytest.MonkeyPatch, weights: int) -> None:
+    """Let capture hold so many attention weights at once."""
+    monkeypatch.setattr(capture, "WEIGHTS_PER_CHUNK", {"cpu": weights})
+    monkeypatch.setattr("pipeline.planning.counts.WEIGHTS_PER_CHUNK", {"cpu": weights, "cuda": weights})
+
+
+@pytest.mark.parametrize(("tokens", "weights"), [(64, 3 * 64 * 16), (210, 3 * 210 * 30), (90, 1), (40, 1 << 19)])
+def test_flops_of_a_capture_are_those_that_torch_counts(
+    tokens: int, weights: int, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model("llama")
     cache_layout(model)  # asked once for each model
+    chunks_of(monkeypatch, weights)
     with FlopCounterMode(display=False) as counter:
-        capture_sequence(model, torch.arange(tokens) % SIZES["vocab_size"], 8, chunk)
-    traces = TracesParams(block_size=8, query_chunk=chunk, sequences_per_shard=1)
-    assert capture_work(TINY, tokens, 4, traces).flops == pytest.approx(counter.get_total_flops(), rel=0.001)
+        run_captured(model, torch.arange(tokens) % SIZES["vocab_size"], DynamicCache(), (1,))
+    # Recorded from the second query on.
+    planned = capture_work(TINY, tokens, 4, recorded=1, accelerator=False).flops
+    assert planned == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-def test_memory_of_a_capture_grows_with_tokens_and_chunk() -> None:
-    def chunk(tokens: int, query_chunk: int) -> int:
-        traces = TracesParams(block_size=8, query_chunk=query_chunk, sequences_per_shard=1)
-        return capture_memory(TINY, tokens, 4, traces)["one chunk of attention"]
+def test_what_is_not_recorded_moves_nothing_and_starts_no_chunks() -> None:
+    def works(recorded: float) -> tuple[float, float, float]:
+        work = capture_work(TINY, 2000, 2, recorded, accelerator=True)
+        return work.flops, work.moved, work.kernels
 
-    # logits and weights: 6 query heads x chunk x tokens x (4 + 4) bytes
-    assert chunk(1000, 16) == 6 * 16 * 1000 * 8
-    assert chunk(2000, 32) == 4 * chunk(1000, 16)
-    assert chunk(10, 16) == 6 * 10 * 10 * 8
+    none, half, everything = works(0), works(0.5), works(1)
+    assert all(less < more for less, more in zip(none, half, strict=True))
+    assert half[0] < everything[0]
+    assert half[1] < everything[1]
+    # 2,000 queries at once do not fit: 2,000 x 2,000 weights of 6 heads are 24 million, of 2^28 that do.
+    assert half[2] == everything[2] == none[2] + TINY.layers * 12
+
+
+@pytest.mark.parametrize(("tokens", "weights"), [(500, 3 * 500 * 40), (900, 3 * 900 * 40), (900, 3 * 900 * 200)])
+def test_memory_of_a_capture_is_what_is_held_at_its_peak(
+    tokens: int, weights: int, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama")
+    cache_layout(model)
+    chunks_of(monkeypatch, weights)
+    cuts = (tokens // 3, tokens // 2)
+    with PeakMemory() as memory:
+        run_captured(model, torch.arange(tokens) % SIZES["vocab_size"], DynamicCache(), cuts)
+    parts = capture_memory(TINY, tokens, 4, len(cuts), accelerator=False)
+    assert sum(parts.values()) - parts["weights"] == pytest.approx(memory.peak, rel=0.15)
+
+
+def test_memory_of_a_capture_grows_with_tokens_alone() -> None:
+    def total(tokens: int) -> int:
+        return sum(capture_memory(TINY, tokens, 2, 2, accelerator=True).values()) - 2 * TINY.parameters
+
+    # A chunk of attention has the same size however long the sequence is.
+    fixed = 14 * (1 << 28)
+    assert total(64_000) - fixed == pytest.approx(2 * (total(32_000) - fixed), rel=0.01)
 
 
 def test_flops_of_the_agents_are_those_that_torch_counts() -> None:
@@ -114,19 +187,43 @@ def test_flops_of_the_agents_are_those_that_torch_counts() -> None:
     assert training_flops(POLICY) * rows == training.get_total_flops()
 
 
-def test_a_step_is_a_mean_over_the_drawn_cache_sizes() -> None:
-    # 45 tokens in blocks of 8 are cut at 8, 16, 24, 32 or 40.
-    sizes = [8, 16, 24, 32, 40]
-    rloo, exact = (step_work(POLICY, estimator, 45, 8) for estimator in (Rloo(samples=4), Exact()))
-    rows = POLICY.heads * sum(sizes) / len(sizes)
-    assert rloo.agent_flops == pytest.approx(training_flops(POLICY) * rows)
-    assert exact.agent_flops - rloo.agent_flops == pytest.approx(2 * NODES**2 * rows)
+@pytest.mark.parametrize("estimator", [Exact(), Rloo(samples=4)], ids=lambda estimator: estimator.name)
+def test_memory_of_a_step_is_what_is_held_at_its_peak(estimator: Estimator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agents, "UNITS_PER_BLOCK", {"cpu": 2 * 600 * 12})
+    monkeypatch.setattr("pipeline.planning.counts.UNITS_PER_BLOCK", {"cpu": 2 * 600 * 12})
+    policy = Policy(POLICY, torch.Generator().manual_seed(0))
+    batch = make_batch([some_example(300), some_example(300)], estimator.rankings, torch.Generator(), "cpu")
+    with PeakMemory() as memory:
+        compute_gradients(policy, batch, estimator)
+    parts = step_memory(POLICY, estimator, 600, accelerator=False)
+    # Agents and moments are there before, their gradients are not; the uniform numbers of all heads are.
+    before = parts["agents, gradients, moments"] * 3 // 4 + 4 * estimator.rankings * POLICY.heads * 600
+    assert sum(parts.values()) - before == pytest.approx(memory.peak, rel=0.2)
+
+
+def some_example(tokens: int) -> RankingExample:
+    draws = torch.Generator().manual_seed(tokens)
+    keys, values = torch.randn(2, POLICY.heads, tokens, TINY.head_dim, generator=draws).half()
+    importance = torch.rand(POLICY.heads, tokens, generator=draws)
+    positions = torch.arange(tokens, dtype=torch.int32).expand(POLICY.heads, tokens)
+    return RankingExample(
+        tokens, keys, values, positions, importance, torch.ones_like(importance), importance.sum(-1) * tokens
+    )
+
+
+def test_flops_of_a_step_are_those_that_torch_counts() -> None:
+    policy = Policy(POLICY, torch.Generator().manual_seed(0))
+    batch = make_batch([some_example(40), some_example(40)], 0, torch.Generator(), "cpu")
+    with FlopCounterMode(display=False) as counter:
+        compute_gradients(policy, batch, Exact())
+    assert step_work(POLICY, Exact(), 80).agent_flops == counter.get_total_flops()
 
 
 def test_flops_of_the_exact_estimator_are_those_that_torch_counts() -> None:
     tokens = 40
-    exact, rloo = (step_work(POLICY, estimator, tokens + 1, tokens) for estimator in (Exact(), Rloo(samples=4)))
+    by_grid, by_rankings = (step_work(POLICY, estimator, tokens) for estimator in (Exact(), Rloo(samples=4)))
     scores = torch.rand(POLICY.heads, tokens, generator=torch.Generator().manual_seed(0))  # narrow: all on the grid
     with FlopCounterMode(display=False) as counter:
-        expected_cost(scores, torch.ones_like(scores))
-    assert exact.agent_flops - rloo.agent_flops == counter.get_total_flops()
+        expected_cost(scores, torch.ones_like(scores), torch.ones_like(scores))
+    assert by_grid.agent_flops - by_rankings.agent_flops == counter.get_total_flops()
+    assert by_grid.agent_flops - by_rankings.agent_flops == 2 * NODES**2 * POLICY.heads * tokens
