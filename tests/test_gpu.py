@@ -25,11 +25,13 @@ from pipeline.evaluation.sweep import Sweep
 from pipeline.eviction.budget import EvaluationParams, gather_tokens, kept_tokens, protected_ranking
 from pipeline.eviction.rankers import make_rankers
 from pipeline.models.layers import full_attention_layers
+from pipeline.models.layout import cache_layout
 from pipeline.models.load import head_shape
 from pipeline.params import Params
 from pipeline.policy import agents, train
 from pipeline.policy.agents import AgentParams, Policy, PolicyShape
-from pipeline.policy.estimators.base import Estimator
+from pipeline.policy.batches import Batch, make_batch
+from pipeline.policy.estimators.base import Estimator, Target
 from pipeline.policy.estimators.exact import Exact
 from pipeline.policy.estimators.rloo import Rloo
 from pipeline.policy.estimators.soft_rank import SoftRank
@@ -37,11 +39,15 @@ from pipeline.policy.progress import CHECKPOINT_FILE
 from pipeline.policy.train import CURVES_FILE, TrainParams, describe, train_policy
 from pipeline.samples.sample import Sample
 from pipeline.tables import FULL, PolicyKey
-from pipeline.traces.capture import LayerTrace, capture_sequence
-from pipeline.traces.importance import TracesParams
-from pipeline.traces.shards import TraceReader, TraceShape, write_manifest, write_shard
+from pipeline.traces.build import build_traces
+from pipeline.traces.capture import run_captured
+from pipeline.traces.draws import generator as draws_of
+from pipeline.traces.example import RankingExample
+from pipeline.traces.params import TracesParams, training_cuts
+from pipeline.traces.shards import ExampleReader, TraceShape
 from studies.latency.measure import measure_latency
 from tests.conftest import MakeModel
+from tests.traces.synthetic import Cache, write_traces
 
 DEVICES = [
     "cpu",
@@ -53,10 +59,11 @@ DEVICES = [
 on_devices = pytest.mark.parametrize("device", DEVICES)
 ESTIMATORS = [pytest.param(found, id=found.name) for found in (Exact(), Rloo(samples=8), SoftRank())]
 
-SHAPE = TraceShape("tiny", "corpus", layers=2, kv_heads=2, head_dim=8, block_size=16)
+SHAPE = TraceShape("tiny", "corpus", (0, 1), kv_heads=2, head_dim=8)
 PARAMS = TrainParams(
     agent=AgentParams(hidden_width=16, hidden_layers=2, inputs=("key", "value", "position", "age")),
     steps=8,
+    batch_size=3,
     learning_rate=1e-2,
     final_learning_rate=1e-3,
     warmup_steps=2,
@@ -117,19 +124,28 @@ def test_a_policy_scores_the_same_cache_alike_in_blocks_and_by_layer(
         assert_no_worse(found, common, reference)
 
 
+def example(tokens: int) -> RankingExample:
+    """A sample of the tokens of a cache; the heads hold 6 to 9 tenths of so many."""
+    keys, values = random_states(4, tokens)
+    draws = torch.Generator().manual_seed(1)
+    importance = torch.rand(4, tokens, generator=draws) ** 4
+    known = torch.arange(tokens) < torch.tensor([[6], [7], [8], [9]]) * tokens // 10
+    count = torch.where(known, 1 + 3 * torch.rand(4, tokens, generator=draws), 0)
+    positions = torch.arange(tokens, dtype=torch.int32).expand(4, tokens)
+    return RankingExample(2 * tokens, keys, values, positions, importance * known, count, importance.sum(-1) * tokens)
+
+
+def in_precision(batch: Batch, dtype: torch.dtype) -> Batch:
+    target = Target(*(states.to(dtype) for states in vars(batch.target).values()))
+    return dataclasses.replace(batch, target=target)
+
+
 @on_devices
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_gradients_of_a_step(device: str, estimator: Estimator) -> None:
-    keys, values = random_states(4, 96)
-    importance = torch.rand(4, 96, generator=torch.Generator().manual_seed(1)) ** 4
-
     def gradients(policy: Policy, to: str, dtype: torch.dtype) -> Tensor:
-        uniform, weights = train.draw_uniform(estimator, PARAMS, 2, 4, 96).to(to), importance.to(to, dtype)
-
-        def loss_of(scores: Tensor, heads: slice) -> Tensor:
-            return estimator.loss(scores, weights[heads], uniform[:, heads])
-
-        train.compute_gradients(policy, keys.to(to), values.to(to), loss_of)
+        batch = make_batch([example(96), example(60)], estimator.rankings, draws_of(0), to)
+        train.compute_gradients(policy, in_precision(batch, dtype), estimator)
         train.clip_gradients(policy, PARAMS.gradient_clip)
         return torch.cat([parameter.grad.flatten().cpu() for parameter in policy.parameters()])
 
@@ -138,29 +154,27 @@ def test_gradients_of_a_step(device: str, estimator: Estimator) -> None:
     assert_no_worse(found, common, gradients(make_policy().double(), "cpu", torch.float64), rounding=2e-6)
 
 
-@pytest.fixture
-def traces(tmp_path: Path) -> Path:
+@pytest.fixture(params=[None, 40], ids=["all tokens", "some tokens"])
+def traces(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """Traces whose importance is a function of the first key channel."""
     root = tmp_path / "traces"
 
-    def sequence(tokens: int) -> list[LayerTrace]:
-        layers = []
-        for layer in range(SHAPE.layers):
-            keys, values = random_states(SHAPE.kv_heads, tokens + layer, torch.float32)
-            record = torch.exp(keys[:, :tokens, :1]).expand(-1, -1, -(-tokens // SHAPE.block_size))
-            layers.append(LayerTrace(keys[:, :tokens], values[:, :tokens], record))
-        return layers
+    def cache(tokens: int) -> Cache:
+        keys, values = (torch.stack(states.float().chunk(2)) for states in random_states(4, tokens))
+        return keys, values, torch.exp(keys[..., 0])
 
-    write_shard(root, "train", 0, SHAPE, [(index, f"t{index}", sequence(100 + index)) for index in range(4)])
-    write_shard(root, "validation", 0, SHAPE, [(index, f"v{index}", sequence(90 + index)) for index in range(2)])
-    write_manifest(root, SHAPE, {"train": 1, "validation": 1})
+    splits = {
+        "train": [[cache(100 + index), cache(70 + index)] for index in range(4)],
+        "validation": [[cache(90 + index)] for index in range(2)],
+    }
+    write_traces(root, SHAPE, splits, request.param)
     return root
 
 
 def run_training(traces: Path, work: Path, estimator: Estimator, device: str, stop_after: int = 0) -> Tensor:
     """All weights of the trained policy, flat; ``stop_after`` interrupts after so many steps, as Ctrl-C does."""
     work.mkdir(exist_ok=True)
-    reader, validation = (TraceReader(traces, split, 1 << 20) for split in ("train", "validation"))
+    reader, validation = (ExampleReader(traces, split, 1 << 20) for split in ("train", "validation"))
     calls = 0
 
     def advance(count: int, status: str) -> None:
@@ -177,9 +191,13 @@ def run_training(traces: Path, work: Path, estimator: Estimator, device: str, st
 
 def in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make training compute in float64, from the same initial weights."""
-    make, importance_of = train.Policy, train.future_importance
+    make, read = train.Policy, train.read_batches
     monkeypatch.setattr(train, "Policy", lambda *arguments: make(*arguments).double())
-    monkeypatch.setattr(train, "future_importance", lambda *arguments: importance_of(*arguments).double())
+    monkeypatch.setattr(
+        train,
+        "read_batches",
+        lambda *arguments: ((step, in_precision(batch, torch.float64)) for step, batch in read(*arguments)),
+    )
 
 
 @on_devices
@@ -217,44 +235,67 @@ def test_an_interrupted_training_resumes_on_the_device(
         assert error(resumed, whole) < 2e-5
 
 
-def eager(model: PreTrainedModel, device: str) -> list[LayerTrace]:
-    """The traces from transformers' own eager attention, which returns all its weights."""
+CUTS = (40, 100, 157)
+
+
+def eager(model: PreTrainedModel, device: str) -> dict[int, list[Tensor]]:
+    """Importance by cut and layer, from transformers' own eager attention, which returns all its weights."""
     model.to(device)  # type: ignore[arg-type]  # stubs expect the module's own overload
     model.set_attn_implementation("eager")
-    cache = DynamicCache()
     with torch.inference_mode():
-        attentions = model(IDS[None].to(device), past_key_values=cache, output_attentions=True).attentions
+        attentions = model(IDS[None].to(device), past_key_values=DynamicCache(), output_attentions=True).attentions
     model.set_attn_implementation("sdpa")
-    kv_heads, traces = model.config.num_key_value_heads, []
+    kv_heads = model.config.num_key_value_heads
+    found: dict[int, list[Tensor]] = {cut: [] for cut in CUTS}
     for number in full_attention_layers(model.config):
         strongest = attentions[number][0].unflatten(0, (kv_heads, -1)).amax(1)  # (kv_heads, queries, tokens)
-        blocks = [part.sum(1, dtype=torch.float64) for part in strongest.split(SHAPE.block_size, dim=1)]
-        layer = cache.layers[number]
-        traces.append(LayerTrace(layer.keys[0], layer.values[0], torch.stack(blocks, dim=-1)))
-    return traces
+        for cut in CUTS:
+            found[cut].append(strongest[:, cut:, :cut].sum(1, dtype=torch.float64))
+    return found
 
 
 @on_devices
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3"])
-def test_capture_in_bfloat16_is_as_good_as_eager_attention(
-    device: str, family: str, make_model: MakeModel, tmp_path: Path
-) -> None:
+def test_capture_in_bfloat16_is_as_good_as_eager_attention(device: str, family: str, make_model: MakeModel) -> None:
     model = copy.deepcopy(make_model(family)).bfloat16()
     reference = eager(copy.deepcopy(model).double(), "cpu")
     common = eager(copy.deepcopy(model), device)
-    captured = capture_sequence(model.to(device), IDS, SHAPE.block_size, 32)
-    for found, other, expected in zip(captured, common, reference, strict=True):
-        for name in ("keys", "values", "record"):
-            ours = getattr(found, name)
-            assert ours.device.type == device
-            assert_no_worse(ours, getattr(other, name), getattr(expected, name), rounding=1e-3)
-    layers, kv_heads, head_dim = head_shape(model)
-    shape = TraceShape("tiny", "corpus", layers, kv_heads, head_dim, SHAPE.block_size)
-    for split in ("train", "validation"):
-        write_shard(tmp_path, split, 0, shape, [(0, "s", captured)])
-    write_manifest(tmp_path, shape, {"train": 1, "validation": 1})
-    keys, _, _ = TraceReader(tmp_path, "train", 0).read(0)
-    assert torch.equal(keys, torch.cat([trace.keys for trace in captured]).half().cpu())
+    captured = run_captured(model.to(device), IDS, DynamicCache(), CUTS)  # type: ignore[arg-type]
+    for cut in CUTS:
+        assert captured[cut].device.type == device
+        assert captured[cut].dtype == torch.float32
+        for found, other, expected in zip(captured[cut], common[cut], reference[cut], strict=True):
+            assert_no_worse(found, other, expected, rounding=1e-3)
+
+
+@on_devices
+@pytest.mark.parametrize("tokens", [None, 30])
+def test_traces_made_on_the_device_hold_what_the_model_read(
+    device: str, tokens: int | None, make_model: MakeModel, tmp_path: Path
+) -> None:
+    """Several sequences, written by threads while the next one is read."""
+    model = copy.deepcopy(make_model("gemma3")).to(device, torch.bfloat16)  # type: ignore[call-overload]
+    params = TracesParams(cuts=2, at_prompt_end=0.5, tokens=tokens, sequences_per_shard=2, seed=0)
+    samples = [
+        dataclasses.replace(TEXT, sample_id=f"s{index}", input_ids=tuple(((IDS * (index + 1)) % 125 + 3).tolist()))
+        for index in range(5)
+    ]
+    build_traces(tmp_path, model, "tiny", "ruler", {"train": samples}, params, lambda count: None)
+    reader = ExampleReader(tmp_path, "train", 0)
+    assert len(reader.examples) == 2 * len(samples)
+    for index, sample in enumerate(samples):
+        cuts, cache = training_cuts(len(sample.input_ids), sample.context_len, sample.sample_id, params), DynamicCache()
+        importance = run_captured(model, torch.tensor(sample.input_ids), cache, cuts)
+        layers = [cache.layers[number] for number in cache_layout(model).ranked]
+        keys, values = (torch.cat([getattr(layer, name)[0] for layer in layers]) for name in ("keys", "values"))
+        for place, cut in enumerate(cuts):
+            found = reader.read(2 * index + place)
+            known, where = found.count > 0, found.positions.long()
+            for ours, theirs in ((found.keys, keys), (found.values, values)):
+                expected = theirs.half().cpu().gather(1, where[..., None].expand(-1, -1, theirs.shape[-1]))
+                assert torch.equal(ours[known], expected[known])
+            expected = importance[cut].flatten(0, 1).cpu().gather(1, where)
+            torch.testing.assert_close(found.importance[known], expected[known].clamp_min(1e-10))
 
 
 class Letters:
@@ -288,8 +329,7 @@ def make_sweep(model: PreTrainedModel, params: Params) -> Sweep:
     shape = PolicyShape(*head_shape(model), agent)
     policies = {PolicyKey("kvp-exact", "ruler"): Policy(shape, torch.Generator().manual_seed(0)).to(model.device)}
     evaluation = EvaluationParams(budgets=BUDGETS, n_sink=4, n_recent=16, seed=0)
-    traces = TracesParams(block_size=16, query_chunk=32, sequences_per_shard=2)
-    return Sweep(model, Letters(), policies, make_rankers(params.baselines), evaluation, traces, BUDGETS)  # type: ignore[arg-type]
+    return Sweep(model, Letters(), policies, make_rankers(params.baselines), evaluation, BUDGETS)  # type: ignore[arg-type]
 
 
 def by_row(answers: Sequence[Said], asked: str) -> dict[tuple[PolicyKey, int | None], Said]:
