@@ -18,15 +18,31 @@ CHECKPOINT_FILE = "checkpoint.safetensors"
 
 
 class Curves:
-    """Per-head training curves in memory: (step, metric) -> (heads,) float32."""
+    """Per-head training curves in memory: (step, metric) -> (heads,) float32.
+
+    ``points`` are on the CPU; what was added since they were last asked for stays on its device, so that adding does
+    not wait for it.
+    """
 
     def __init__(self, shape: PolicyShape, layer_numbers: tuple[int, ...]) -> None:
         self.shape, self.layer_numbers = shape, layer_numbers
-        self.points: list[tuple[int, str, Tensor]] = []
+        self._points: list[tuple[int, str, Tensor]] = []
+        self._added: list[tuple[int, str, Tensor]] = []
 
     def add(self, step: int, metric: str, values: Tensor) -> None:
         """One point: ``values`` are (heads,)."""
-        self.points.append((step, metric, values.float().cpu()))
+        self._added.append((step, metric, values.float()))
+
+    @property
+    def points(self) -> list[tuple[int, str, Tensor]]:
+        """All points, in the order in which they were added."""
+        if self._added:
+            fetched = torch.stack([values for _, _, values in self._added]).cpu()
+            self._points += [
+                (step, metric, values) for (step, metric, _), values in zip(self._added, fetched, strict=True)
+            ]
+            self._added = []
+        return self._points
 
     def table(self) -> pl.DataFrame:
         """The columns of ``CURVES`` (``pipeline/tables.py``)."""
@@ -85,7 +101,7 @@ def resume(work: Path, policy: Policy, optimizer: torch.optim.AdamW, curves: Cur
                 state.setdefault(int(index), {})[field] = tensor
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         for (step, metric), values in zip(json.loads(metadata["points"]), tensors["curves"], strict=True):
-            curves.points.append((step, metric, values))
+            curves.add(step, metric, values)
         return int(metadata["step"])
     except (SafetensorError, RuntimeError, KeyError, ValueError, OSError) as error:
         raise PipelineError(f"{path} is damaged ({error}); delete it to train from the start.") from None

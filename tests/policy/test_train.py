@@ -21,6 +21,7 @@ from pipeline.policy.estimators.exact import Exact
 from pipeline.policy.estimators.rloo import Rloo
 from pipeline.policy.estimators.soft_rank import SoftRank
 from pipeline.policy.inputs.base import CachedTokens
+from pipeline.policy.progress import Curves
 from pipeline.policy.train import TrainParams, clip_gradients, describe, learning_rate, train_policy, validation_cost
 from pipeline.traces.draws import generator as draws_of
 from pipeline.traces.example import best_cost
@@ -138,6 +139,30 @@ def test_an_interrupted_training_resumes_and_ends_with_the_same_bytes(
     assert files == sorted(path.name for path in (tmp_path / "resumed").iterdir())
     for name in files:
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "resumed" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("estimator", [EXACT, RLOO], ids=lambda estimator: estimator.name)
+def test_a_step_never_looks_at_what_an_accelerator_computes(
+    estimator: Estimator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the device meta, which has shapes and no numbers: whoever asks for one would wait for a GPU there."""
+    monkeypatch.setattr(pairs, "DIRECT_UP_TO", {"meta": pairs.DIRECT_UP_TO["cuda"]})
+    policy = Policy(PolicyShape(2, 2, 4, PARAMS.agent)).to("meta")
+    states = torch.empty(4, 60, 4, dtype=torch.float16, device="meta")
+    numbers = torch.empty(4, 60, dtype=torch.int32, device="meta")
+    known = torch.empty(4, 2, 30, device="meta")
+    batch = Batch(
+        CachedTokens(states, states, numbers, numbers[:1]),
+        Target(known, known, known[..., 0]),
+        torch.empty(estimator.rankings, 4, 2, 30, device="meta"),
+    )
+    optimizer, curves = torch.optim.AdamW(policy.parameters()), Curves(policy.shape, SHAPE.layer_numbers)
+    for step in range(2):
+        curves.add(step, "loss", train.compute_gradients(policy, batch, estimator))
+        curves.add(step, "gradient_norm", clip_gradients(policy, 5.0))
+        optimizer.step()
+    with pytest.raises(NotImplementedError, match="meta tensor"):  # as soon as one is asked for
+        curves.table()
 
 
 def make_examples(traces: Path, estimator: Estimator, count: int) -> Batch:

@@ -24,6 +24,9 @@ WEIGHTS_PER_BLOCK = {"cpu": 1 << 19, "cuda": 1 << 24}
 SPACING, NODES = 1 / 16, 6
 # The transform of a wider grid costs more than the pairs of a short cache, and memory would not be O(n).
 NODES_PER_TOKEN = 2
+# Up to so many tokens an accelerator adds up pair by pair: that is faster there (perf/expected_cost.py), and the host
+# need not wait for the scores to see how wide a grid they need.
+DIRECT_UP_TO = {"cuda": 8192}
 
 
 class Exact(Estimator):
@@ -44,8 +47,8 @@ def expected_cost(scores: Tensor, importance: Tensor, count: Tensor) -> Tensor:
 
     Its gradient with respect to ``scores`` is the exact policy gradient: no sampled ranking, no variance from one.
     float32 scores go through the grid, whose error is below their rounding (``grid_error_bounds``), unless a head's
-    scores are spread over more than about ``NODES_PER_TOKEN * SPACING * n``. Such heads, and float64, are summed pair
-    by pair.
+    scores are spread over more than about ``NODES_PER_TOKEN * SPACING * n``. Such heads, float64, and what is short on
+    an accelerator (``DIRECT_UP_TO``) are summed pair by pair.
     """
     cost: Tensor = _ExpectedCost.apply(  # type: ignore[no-untyped-call]
         scores.flatten(0, -2), importance.flatten(0, -2), count.flatten(0, -2)
@@ -69,7 +72,7 @@ class _ExpectedCost(torch.autograd.Function):
 
 def pair_sums(scores: Tensor, importance: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Expected cost (heads,) and its gradient (heads, n), each head in the way that suits it."""
-    if scores.dtype == torch.float64:
+    if scores.dtype == torch.float64 or scores.shape[1] <= DIRECT_UP_TO.get(scores.device.type, 0):
         return direct_sums(scores, importance, count)
     spread = (scores.amax(-1) - scores.amin(-1)).cpu()
     # Written so that a head with infinite or undefined scores is summed directly.
