@@ -11,7 +11,7 @@ from pipeline.planning.devices import Work
 from pipeline.planning.shapes import ModelShape
 from pipeline.policy.agents import UNITS_PER_BLOCK, PolicyShape
 from pipeline.policy.estimators.base import Estimator
-from pipeline.policy.estimators.exact import WEIGHTS_PER_BLOCK
+from pipeline.policy.estimators.exact import DIRECT_UP_TO, PAIRS_PER_BLOCK, WEIGHTS_PER_BLOCK
 from pipeline.traces.capture import WEIGHTS_PER_CHUNK
 
 # Of a token in the trace files besides key and value: position, importance and probability; Parquet's marks of where
@@ -30,6 +30,8 @@ _OPTIMIZER_BYTES, RANKING_BYTES = 56, 1000
 # and gathered back twice); bytes per place of a head's transforms, two there and three back, and the places where
 # scores are spread over less than 31.
 _WEIGHT_BYTES, _PLACE_BYTES, _PLACES, _GRID_KERNELS = 200, 160, 1024, 50
+# The same pair by pair, float32: bytes moved per pair, and operations of a block.
+_PAIR_BYTES, _DIRECT_KERNELS = 36, 25
 _STEP_KERNELS, _SCORE_KERNELS = 150, 20
 
 
@@ -139,14 +141,16 @@ def score_work(policy: PolicyShape, tokens: float) -> Work:
     )
 
 
-def step_work(policy: PolicyShape, estimator: Estimator, tokens: float) -> Work:
-    """One training step in which every agent scores so many ``tokens``."""
-    rows = policy.heads * tokens
+def step_work(policy: PolicyShape, estimator: Estimator, examples: int, tokens: float, accelerator: bool) -> Work:
+    """One training step in which every agent scores so many ``tokens`` of each of the ``examples``."""
+    rows = policy.heads * examples * tokens
     step = Work(
         agent_flops=training_flops(policy) * rows,
         moved=_STEP_BYTES * sum(policy.widths) * rows + _OPTIMIZER_BYTES * policy.heads * policy.parameters_per_agent,
         kernels=_STEP_KERNELS,
     )
+    if estimator.nodes and accelerator and tokens <= DIRECT_UP_TO["cuda"]:
+        return step + Work(agent_flops=6 * tokens * rows, moved=_PAIR_BYTES * tokens * rows, kernels=_DIRECT_KERNELS)
     if nodes := estimator.nodes:
         moved = _WEIGHT_BYTES * nodes * rows + _PLACE_BYTES * _PLACES * policy.heads
         return step + Work(agent_flops=2 * nodes**2 * rows, moved=moved, kernels=_GRID_KERNELS)
@@ -158,8 +162,12 @@ def _rankings(estimator: Estimator) -> int:
     return max(1, estimator.rankings)
 
 
-def step_memory(policy: PolicyShape, estimator: Estimator, tokens: int, accelerator: bool) -> dict[str, int]:
+def step_memory(
+    policy: PolicyShape, estimator: Estimator, examples: int, tokens: int, accelerator: bool
+) -> dict[str, int]:
     """Bytes of a training step at its peak on the device, by part."""
+    pairs = examples * tokens**2  # of one agent
+    tokens *= examples
     device = "cuda" if accelerator else "cpu"
     heads = min(policy.heads, max(1, UNITS_PER_BLOCK[device] // (tokens * policy.agent.hidden_width)))
     rows = heads * tokens  # of one block of agents
@@ -167,6 +175,9 @@ def step_memory(policy: PolicyShape, estimator: Estimator, tokens: int, accelera
         "agents, gradients, moments": 4 * 4 * policy.heads * policy.parameters_per_agent,
         "activations": 4 * rows * (2 * policy.widths[0] + 4 * sum(policy.widths[1:])),
     }
+    if estimator.nodes and accelerator and tokens <= examples * DIRECT_UP_TO["cuda"]:
+        # Their probabilities, which become slopes in place.
+        return parts | {"one block of pairs": 4 * min(PAIRS_PER_BLOCK[device], heads * pairs)}
     if estimator.nodes:
         weights = min(WEIGHTS_PER_BLOCK[device], rows * estimator.nodes)
         # Powers, weights, their product with the importance, and the indices of the nodes.

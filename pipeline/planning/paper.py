@@ -24,7 +24,8 @@ def paper_training() -> dict[str, float]:
     )
     whole = float(steps * policy.heads * tokens * training_flops(policy))
     rloo, exact = (
-        step_work(policy, estimator, tokens / 2).agent_flops * steps for estimator in (Rloo(samples=8), Exact())
+        step_work(policy, estimator, 1, tokens / 2, accelerator=False).agent_flops * steps
+        for estimator in (Rloo(samples=8), Exact())
     )
     return {
         "agents": policy.heads,

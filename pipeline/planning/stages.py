@@ -244,15 +244,16 @@ class _Model:
             for group, cuts, _, known, sequences in counts:
                 work += Work(read=self.trace_bytes(group, split)) * (sequences * reads)
                 if split == "train":
-                    tokens = params.batch_size * _FILLED_UP * known
-                    step = step_work(policy, self.params.estimators[estimator], tokens)
+                    made = self.params.estimators[estimator]
+                    step = step_work(policy, made, params.batch_size, _FILLED_UP * known, self.device.accelerator)
                     work += step * (params.steps * cuts * sequences / examples)
                 else:
                     work += score_work(policy, known) * (sequences * validations)
-        longest = max(self.cuts(group, "train")[2] for group in groups) * params.batch_size * _FILLED_UP
-        parts = step_memory(policy, self.params.estimators[estimator], round(longest), self.device.accelerator)
+        longest = max(self.cuts(group, "train")[2] for group in groups) * _FILLED_UP
+        made = self.params.estimators[estimator]
+        parts = step_memory(policy, made, params.batch_size, round(longest), self.device.accelerator)
         disk = policy_bytes(policy) + _POINT_BYTES * policy.heads * (2 * params.steps + validations)
-        host = kept + _READ_AHEAD * decoded_bytes(self.shape, longest)
+        host = kept + _READ_AHEAD * params.batch_size * decoded_bytes(self.shape, longest)
         return self.cost("train", f"{trained_on} {estimator}", work, disk, host, {**parts}, sum(parts.values()))
 
     def evaluate(self, benchmark: str) -> StageCost:

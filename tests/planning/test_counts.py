@@ -30,6 +30,7 @@ from pipeline.planning.shapes import ModelShape
 from pipeline.policy import agents
 from pipeline.policy.agents import AgentParams, Policy, PolicyShape, save_policy
 from pipeline.policy.batches import make_batch
+from pipeline.policy.estimators import exact
 from pipeline.policy.estimators.base import Estimator
 from pipeline.policy.estimators.exact import NODES, Exact, expected_cost
 from pipeline.policy.estimators.rloo import Rloo
@@ -187,15 +188,29 @@ def test_flops_of_the_agents_are_those_that_torch_counts() -> None:
     assert training_flops(POLICY) * rows == training.get_total_flops()
 
 
+def as_on_an_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a CPU add up pair by pair, as a GPU does."""
+    monkeypatch.setattr(exact, "DIRECT_UP_TO", {"cpu": exact.DIRECT_UP_TO["cuda"]})
+
+
+on_both = pytest.mark.parametrize("accelerator", [False, True])
+
+
+@on_both
 @pytest.mark.parametrize("estimator", [Exact(), Rloo(samples=4)], ids=lambda estimator: estimator.name)
-def test_memory_of_a_step_is_what_is_held_at_its_peak(estimator: Estimator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_of_a_step_is_what_is_held_at_its_peak(
+    estimator: Estimator, accelerator: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if accelerator:
+        as_on_an_accelerator(monkeypatch)
     monkeypatch.setattr(agents, "UNITS_PER_BLOCK", {"cpu": 2 * 600 * 12})
-    monkeypatch.setattr("pipeline.planning.counts.UNITS_PER_BLOCK", {"cpu": 2 * 600 * 12})
+    monkeypatch.setattr("pipeline.planning.counts.UNITS_PER_BLOCK", dict.fromkeys(("cpu", "cuda"), 2 * 600 * 12))
+    monkeypatch.setattr("pipeline.planning.counts.PAIRS_PER_BLOCK", {"cuda": exact.PAIRS_PER_BLOCK["cpu"]})
     policy = Policy(POLICY, torch.Generator().manual_seed(0))
     batch = make_batch([some_example(300), some_example(300)], estimator.rankings, torch.Generator(), "cpu")
     with PeakMemory() as memory:
         compute_gradients(policy, batch, estimator)
-    parts = step_memory(POLICY, estimator, 600, accelerator=False)
+    parts = step_memory(POLICY, estimator, 2, 300, accelerator)
     # Agents and moments are there before, their gradients are not; the uniform numbers of all heads are.
     before = parts["agents, gradients, moments"] * 3 // 4 + 4 * estimator.rankings * POLICY.heads * 600
     assert sum(parts.values()) - before == pytest.approx(memory.peak, rel=0.2)
@@ -211,17 +226,20 @@ def some_example(tokens: int) -> RankingExample:
     )
 
 
-def test_flops_of_a_step_are_those_that_torch_counts() -> None:
+@on_both
+def test_flops_of_a_step_are_those_that_torch_counts(accelerator: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if accelerator:
+        as_on_an_accelerator(monkeypatch)
     policy = Policy(POLICY, torch.Generator().manual_seed(0))
     batch = make_batch([some_example(40), some_example(40)], 0, torch.Generator(), "cpu")
     with FlopCounterMode(display=False) as counter:
         compute_gradients(policy, batch, Exact())
-    assert step_work(POLICY, Exact(), 80).agent_flops == counter.get_total_flops()
+    assert step_work(POLICY, Exact(), 2, 40, accelerator).agent_flops == counter.get_total_flops()
 
 
 def test_flops_of_the_exact_estimator_are_those_that_torch_counts() -> None:
     tokens = 40
-    by_grid, by_rankings = (step_work(POLICY, estimator, tokens) for estimator in (Exact(), Rloo(samples=4)))
+    by_grid, by_rankings = (step_work(POLICY, estimator, 1, tokens, False) for estimator in (Exact(), Rloo(samples=4)))
     scores = torch.rand(POLICY.heads, tokens, generator=torch.Generator().manual_seed(0))  # narrow: all on the grid
     with FlopCounterMode(display=False) as counter:
         expected_cost(scores, torch.ones_like(scores), torch.ones_like(scores))
