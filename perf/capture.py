@@ -1,9 +1,9 @@
-"""Trace capture against a prefill without it, and against a prefill that returns all attention weights.
+"""Capture of a training sequence against a prefill without it, and what it holds in memory.
 
-All run the same model on the same tokens with an empty ``DynamicCache``: plainly (transformers' default,
-``sdpa``), captured (``pipeline/traces/capture.py``), and with ``output_attentions=True``, which transformers computes
-with its ``eager`` attention. The model is SmolLM2, or one of random weights (``--random``). Peak memory on a CPU is
-measured in processes of its own.
+Both run the same model on the same tokens with an empty ``DynamicCache``: plainly (transformers' default, ``sdpa``),
+and captured at the cuts of the default profile (``pipeline/traces/capture.py``), means over several draws of them, and
+at the smallest cut, where the attention of every query is looked at. The model has random weights. Peak memory on a
+CPU is measured in processes of its own, with one layer of the model; less the cache it must grow with the tokens.
 """
 
 import argparse
@@ -13,17 +13,17 @@ import resource
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from perf.measure import RANDOM_MODELS, benchmark_model, interleaved, median_ratio, write_result
-from pipeline.models.attention import attention_implementation
-from pipeline.traces.capture import capture_sequence
+from perf.measure import RANDOM_MODELS, interleaved, median_ratio, random_model, write_result
+from pipeline.section import read
+from pipeline.traces.capture import run_captured
+from pipeline.traces.params import SMALLEST_CUT, TracesParams, training_cuts
 
-BLOCK_SIZE = 64  # of the default profile
+DRAWS = 4  # of cuts
 
 
 @torch.inference_mode()
@@ -31,47 +31,43 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor) -> None:
     model(input_ids=ids[None].to(model.device), past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1)
 
 
-def capture(model: PreTrainedModel, ids: torch.Tensor, query_chunk: int) -> None:
-    capture_sequence(model, ids, BLOCK_SIZE, query_chunk)
+def drawn_cuts(tokens: int) -> list[tuple[int, ...]]:
+    params = read("traces", TracesParams)
+    return [training_cuts(tokens, tokens * 15 // 16, f"sample {draw}", params) for draw in range(DRAWS)]
 
 
-@torch.inference_mode()
-def prefill_with_weights(model: PreTrainedModel, ids: torch.Tensor) -> None:
-    with attention_implementation(model, "eager"):
-        model(
-            input_ids=ids[None].to(model.device),
-            past_key_values=DynamicCache(),
-            use_cache=True,
-            logits_to_keep=1,
-            output_attentions=True,
-        )
+def capture(model: PreTrainedModel, ids: torch.Tensor, draws: list[tuple[int, ...]]) -> None:
+    for cuts in draws:
+        run_captured(model, ids, DynamicCache(), cuts)
 
 
-def works(query_chunk: int) -> dict[str, Callable[[PreTrainedModel, torch.Tensor], None]]:
-    return {"plain": prefill, "capture": partial(capture, query_chunk=query_chunk), "weights": prefill_with_weights}
+def works(tokens: int) -> dict[str, Callable[[PreTrainedModel, torch.Tensor], None]]:
+    """Each as often as there are draws."""
+    return {
+        "plain": lambda model, ids: [prefill(model, ids) for _ in range(DRAWS)] and None,
+        "capture": partial(capture, draws=drawn_cuts(tokens)),
+        "capture of all": partial(capture, draws=[(SMALLEST_CUT,)] * DRAWS),
+    }
 
 
-def peak_growth(arguments: argparse.Namespace, name: str, tokens: int) -> float:
-    """MB by which one call raises the peak memory of the process that makes it, weights not counted."""
+def cache_bytes(model: PreTrainedModel, tokens: int) -> int:
+    config = model.config
+    head_dim = config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * tokens * model.dtype.itemsize
+
+
+def peak_growth(arguments: argparse.Namespace, tokens: int) -> dict[str, float]:
+    """Bytes by which one capture raises the peak memory of its process, weights not counted; and of the cache."""
     torch.set_num_threads(arguments.threads)
-    model = load(arguments)
+    model = random_model(arguments.random, arguments.device, arguments.dtype, layers=1)
     prefill(model, token_ids(model, 64))  # brings the weights into memory
-    before = _resident_peak()
-    works(arguments.query_chunk)[name](model, token_ids(model, tokens))
-    return round((_resident_peak() - before) / 1e6, 1)
-
-
-def peak_growth_on_gpu(model: PreTrainedModel, work: Callable[[PreTrainedModel, torch.Tensor], None], n: int) -> float:
-    """The same of a GPU's memory, whose peak can be forgotten: one process is enough."""
-    ids = token_ids(model, n)
-    torch.cuda.reset_peak_memory_stats(model.device)
-    before = torch.cuda.memory_allocated(model.device)
-    work(model, ids)
-    return round((torch.cuda.max_memory_allocated(model.device) - before) / 1e6, 1)
-
-
-def load(arguments: argparse.Namespace) -> PreTrainedModel:
-    return benchmark_model(arguments.random, arguments.model_directory, arguments.device, arguments.dtype)
+    on_gpu = torch.device(arguments.device).type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if on_gpu else _resident_peak()
+    run_captured(model, token_ids(model, tokens), DynamicCache(), (tokens // 2, SMALLEST_CUT))
+    peak = torch.cuda.max_memory_allocated() if on_gpu else _resident_peak()
+    return {"peak": peak - before, "cache": cache_bytes(model, tokens)}
 
 
 def token_ids(model: PreTrainedModel, tokens: int) -> torch.Tensor:
@@ -83,43 +79,34 @@ def _resident_peak() -> int:
 
 
 def measure_memory(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """name -> tokens -> MB; on a CPU every one in a fresh process, since a peak never falls."""
-    growth: dict[str, dict[str, float]] = {}
-    on_gpu = torch.device(arguments.device).type == "cuda"
-    model = load(arguments) if on_gpu else None
+    """tokens -> bytes; every one in a fresh process, since a peak never falls."""
+    growth = {}
     # Makes the C library return what is freed, so that the peak is what was needed at once; read when a process starts.
     os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 18)
-    for name, work in works(arguments.query_chunk).items():
-        for tokens in arguments.memory_tokens:
-            if name == "weights" and tokens > arguments.weights_tokens:
-                continue
-            if model is not None:
-                found = peak_growth_on_gpu(model, work, tokens)
-            else:
-                with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-                    found = process.submit(peak_growth, arguments, name, tokens).result()
-            growth.setdefault(name, {})[str(tokens)] = found
-            print(f"peak memory, {name}, {tokens} tokens: {found:.0f} MB", flush=True)
+    for tokens in arguments.memory_tokens:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            growth[str(tokens)] = row = process.submit(peak_growth, arguments, tokens).result()
+        beyond = (row["peak"] - row["cache"]) / tokens
+        print(
+            f"one layer, {tokens} tokens: {row['peak'] / 1e6:.1f} MB, of which {row['cache'] / 1e6:.1f} MB of cache; "
+            f"{beyond:.0f} bytes per token besides",
+            flush=True,
+        )
     return growth
 
 
 def measure_time(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per length: seconds of every call, and the ratios capture / plain and capture / weights."""
-    model = load(arguments)
+    """One row per length: seconds of every call, and the ratios to a plain prefill."""
+    model = random_model(arguments.random, arguments.device, arguments.dtype, arguments.layers)
     rows = []
     for tokens in arguments.tokens:
-        ids = token_ids(model, tokens)
-        calls = {
-            name: partial(work, model, ids)
-            for name, work in works(arguments.query_chunk).items()
-            if name != "weights" or tokens <= arguments.weights_tokens
-        }
+        calls = {name: partial(work, model, token_ids(model, tokens)) for name, work in works(tokens).items()}
         seconds = interleaved(calls, arguments.repeats, arguments.device)
-        row: dict[str, Any] = {"tokens": tokens, "seconds": seconds}
-        for other in calls.keys() - {"capture"}:
-            row[f"capture / {other}"] = ratio = median_ratio(seconds["capture"], seconds[other])
+        row: dict[str, Any] = {"tokens": tokens, "cuts": drawn_cuts(tokens), "seconds": seconds}
+        for name in ("capture", "capture of all"):
+            row[f"{name} / plain"] = ratio = median_ratio(seconds[name], seconds["plain"])
             middle, smallest, largest = ratio
-            print(f"{tokens} tokens, capture / {other}: {middle:.3f} ({smallest:.3f} .. {largest:.3f})", flush=True)
+            print(f"{tokens} tokens, {name} / plain: {middle:.3f} ({smallest:.3f} .. {largest:.3f})", flush=True)
         rows.append(row)
     return rows
 
@@ -127,31 +114,21 @@ def measure_time(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--model-directory", type=Path, default=Path("models/smollm2-135m"))
-    parser.add_argument("--random", default="", choices=["", *RANDOM_MODELS], help="a model of random weights instead")
+    parser.add_argument("--random", default="smollm2-135m", choices=RANDOM_MODELS, help="whose shapes")
+    parser.add_argument("--layers", type=int, default=0, help="of the timed model; 0 for all")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096])
-    parser.add_argument("--memory-tokens", type=int, nargs="+", default=[1024, 2048, 4096])
-    parser.add_argument(
-        "--weights-tokens",
-        type=int,
-        default=2048,
-        help="how long texts are whose attention weights are returned: at 4k tokens they are 18 GB in float32",
-    )
-    parser.add_argument("--query-chunk", type=int, default=64, help="traces.query_chunk, of the default profile")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 8192])
+    parser.add_argument("--memory-tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="more of them wait for each other on a busy machine")
+    parser.add_argument("--name", default="capture", help="of the result's file")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     memory = measure_memory(arguments)
     rows = measure_time(arguments)
-    options = {
-        "model": arguments.random or arguments.model_directory.name,
-        "dtype": arguments.dtype,
-        "query_chunk": arguments.query_chunk,
-        "block_size": BLOCK_SIZE,
-    }
-    print(write_result("capture", arguments.device, {**options, "peak_growth_mb": memory, "time": rows}))
+    options = {"model": arguments.random, "layers": arguments.layers or "all", "dtype": arguments.dtype}
+    content = {**options, "peak_growth_of_one_layer": memory, "time": rows}
+    print(write_result(arguments.name, arguments.device, content))
 
 
 if __name__ == "__main__":

@@ -21,14 +21,14 @@ from pipeline.errors import PipelineError
 from pipeline.policy.estimators.base import ESTIMATORS, Estimator
 from pipeline.policy.train import CURVES_FILE, TrainParams, describe, train_policy
 from pipeline.section import read
-from pipeline.traces.shards import TraceReader
+from pipeline.traces.shards import ExampleReader
 
 # Of train.learning_rate: at ten times it, so few steps get further.
 RATE_FACTORS = (1, 10)
 
 
 def train(
-    estimator: Estimator, readers: list[TraceReader], params: TrainParams, device: str
+    estimator: Estimator, readers: list[ExampleReader], params: TrainParams, device: str
 ) -> tuple[pl.DataFrame, float]:
     """Mean held-out cost by number of steps, and mean seconds of a step without validation."""
     marks: list[tuple[float, bool]] = []
@@ -45,7 +45,7 @@ def train(
     return costs.sort("step").select(steps=pl.col("step") + 1, cost="value"), sum(steps) / len(steps)
 
 
-def compare(readers: list[TraceReader], params: TrainParams, device: str) -> dict[str, Any]:
+def compare(readers: list[ExampleReader], params: TrainParams, device: str) -> dict[str, Any]:
     """Train with both estimators; says what each needs to the least cost that rloo reaches."""
     costs, seconds = {}, {}
     for name in ("rloo", "exact"):
@@ -87,12 +87,14 @@ def main() -> None:
     shortened = {"steps": arguments.steps, "validate_every": arguments.validate_every, "checkpoint_every": 10**6}
     params = read("train", TrainParams).model_copy(update=shortened)
     try:
-        readers = [TraceReader(arguments.traces, split, 4 << 30, arguments.layers) for split in ("train", "validation")]
+        readers = [
+            ExampleReader(arguments.traces, split, 4 << 30, arguments.layers) for split in ("train", "validation")
+        ]
     except PipelineError as error:
         raise SystemExit(f"{error} `dvc repro` writes them; --traces names others.") from None
     for reader in readers:
-        for sequence in range(len(reader.sequences)):  # read once: what is compared is not the disk
-            reader.read(sequence)
+        for index in range(len(reader.examples)):  # read once: what is compared is not the disk
+            reader.read(index)
     rows = [
         compare(readers, params.model_copy(update={"learning_rate": factor * params.learning_rate}), arguments.device)
         for factor in RATE_FACTORS

@@ -25,11 +25,12 @@ SIZES = [(1024, 8, 5), (4500, 2, 5), (32768, 1, 1)]
 NAIVE_TENSORS = 4
 
 
-def naive(scores: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """The formula as it stands, differentiated by autograd: (heads, n), (heads, n) -> (heads,), (heads, n)."""
+def naive(scores: Tensor, importance: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    """The formula as it stands, differentiated by autograd: (heads, n) three times -> (heads,), (heads, n)."""
     leaf = scores.detach().requires_grad_()
     before = torch.sigmoid(leaf[:, :, None] - leaf[:, None, :])
-    cost = (before * importance[:, None, :]).sum((1, 2)) - 0.5 * importance.sum(-1)
+    pairs = before * count[:, :, None] * importance[:, None, :]
+    cost = pairs.sum((1, 2)) - 0.5 * (importance * count).sum(-1)
     (gradient,) = torch.autograd.grad(cost.sum(), leaf)
     return cost.detach(), gradient
 
@@ -64,8 +65,9 @@ def measure(n: int, heads: int, repeats: int, device: str, naive_bytes: int) -> 
     ways = {"grid": grid_sums, "blockwise": direct_sums}
     if NAIVE_TENSORS * 4 * heads * n * n <= naive_bytes:
         ways["naive"] = naive
-    works = {name: (lambda way=way: way(scores, importance)) for name, way in ways.items()}
-    reference_cost, reference_gradient = direct_sums(scores.double(), importance.double())
+    count = torch.ones_like(scores)
+    works = {name: (lambda way=way: way(scores, importance, count)) for name, way in ways.items()}
+    reference_cost, reference_gradient = direct_sums(scores.double(), importance.double(), count.double())
     seconds = interleaved(works, repeats, device, warm_up=int(n < 10_000))
     rows = []
     for name, work in works.items():

@@ -1,10 +1,11 @@
 """Everything that a GPU must show, in one go: the checks of tests/test_gpu.py, then each benchmark on the GPU.
 
     python -m perf.gpu
-    python -m perf.gpu --rehearse          (the same on a CPU, as small as can be; results are thrown away)
+    python -m perf.gpu --tiny          (the same on a CPU, as small as can be; results are thrown away)
 
 The most important come first, each a process of its own with a limit of time: what fails or takes too long stops
 nothing else. Models have random weights, so nothing is fetched. The output of each step is kept beside its result.
+Without a GPU there is nothing to do, and it says so.
 """
 
 import argparse
@@ -26,34 +27,47 @@ from perf.measure import RESULTS, device_name, write_result
 
 @dataclass(frozen=True)
 class Step:
-    """One process: a module's arguments on a GPU, in a rehearsal, and the seconds that it may take."""
+    """One process: a module's arguments on a GPU, in a run with --tiny, and the seconds that it may take."""
 
     name: str
     module: str
     arguments: str
-    rehearsal: str
+    tiny: str
     limit: int
 
 
-# What a rehearsal runs takes the same way through the code at sizes that mean nothing.
+# What --tiny runs takes the same way through the code at sizes that mean nothing.
 STEPS = (
-    Step("checks", "pytest", "-q -W default -p no:cacheprovider tests/test_gpu.py", "-q tests/test_gpu.py", 150),
-    Step("check", "perf.check", "--random qwen2.5-7b", "--random tiny", 60),
-    Step("training_step", "perf.training_step", "--repeats 7", "--tokens 64 --repeats 1", 90),
-    Step("paper_training", "perf.paper_training", "--steps 100", "--steps 1 --tokens 192", 90),
     Step(
-        "paper_training_rloo",
-        "perf.paper_training",
-        "--steps 60 --estimator rloo",
-        "--steps 1 --tokens 192 --estimator rloo",
-        90,
+        "checks",
+        "pytest",
+        "-q -m gpu -W default -p no:cacheprovider tests/test_gpu.py",
+        "-q -p no:cacheprovider tests/test_gpu.py -k kept_keys",
+        120,
     ),
+    Step("rates", "perf.rates", "", "--random tiny --tokens 64 --numbers 65536 --sequences 1 --repeats 1", 45),
     Step(
         "capture",
         "perf.capture",
-        "--random qwen2.5-7b --dtype bfloat16 --query-chunk 256 --repeats 5 --tokens 1024 4096 8192"
-        " --memory-tokens 1024 4096 8192 --weights-tokens 4096",
+        "--random qwen2.5-7b --dtype bfloat16 --tokens 1024 4096 8192",
         "--random tiny --repeats 1 --tokens 128 --memory-tokens 128",
+        90,
+    ),
+    Step(
+        "capture_phi4",
+        "perf.capture",
+        "--random phi-4 --layers 10 --dtype bfloat16 --tokens 4096 --memory-tokens 4096 --name capture_phi4",
+        "--random tiny --repeats 1 --tokens 64 --memory-tokens 64 --name capture_phi4",
+        60,
+    ),
+    Step("training_step", "perf.training_step", "--repeats 7", "--tokens 16 --examples 1 --repeats 1", 60),
+    Step("paper_training", "perf.paper_training", "", "--steps 1 --kept 8", 45),
+    Step("paper_training_rloo", "perf.paper_training", "--estimator rloo", "--steps 1 --kept 8 --estimator rloo", 45),
+    Step(
+        "sweep",
+        "perf.sweep",
+        "--random qwen2.5-7b --dtype bfloat16 --lengths 4096 --turns 1",
+        "--random tiny --lengths 520 --turns 1",
         90,
     ),
     Step(
@@ -61,30 +75,24 @@ STEPS = (
         "perf.ranking",
         "--random qwen2.5-7b --only-model --lengths 1024,4096,16384 --repeats 5",
         "--random tiny --only-model --lengths 128 --repeats 1",
-        60,
-    ),
-    Step(
-        "sweep",
-        "perf.sweep",
-        "--random smollm2-135m --lengths 1024,4096 --turns 2",
-        "--random tiny --lengths 640 --turns 1",
-        90,
+        45,
     ),
     Step(
         "decode_memory",
         "perf.decode_memory",
         "--random qwen2.5-7b --dtype bfloat16 --budgets 64,256,1024,2048,4096",
         "--random tiny --length 256 --budgets 64,256",
-        60,
+        45,
     ),
-    Step("expected_cost", "perf.expected_cost", "", "--tokens 1024", 45),
-    Step("trace_reading", "perf.trace_reading", "--repeats 3", "--layers 1 --sequences 2 --repeats 1 --steps 4", 60),
+    Step("check", "perf.check", "--random qwen2.5-7b", "--random tiny", 45),
+    Step("expected_cost", "perf.expected_cost", "", "--tokens 1024", 30),
+    Step("trace_reading", "perf.trace_reading", "--repeats 3", "--layers 1 --sequences 4 --repeats 1 --steps 4", 30),
 )
 
 
-def run(step: Step, device: str, rehearse: bool, results: Path, limit: float) -> tuple[str, float]:
+def run(step: Step, device: str, tiny: bool, results: Path, limit: float) -> tuple[str, float]:
     """Run one step; returns how it ended and its seconds. Its output goes to a file and to the terminal."""
-    command = [sys.executable, "-m", step.module, *(step.rehearsal if rehearse else step.arguments).split()]
+    command = [sys.executable, "-m", step.module, *(step.tiny if tiny else step.arguments).split()]
     if step.module != "pytest":
         command += ["--device", device]
     started = time.perf_counter()
@@ -109,28 +117,29 @@ def run(step: Step, device: str, rehearse: bool, results: Path, limit: float) ->
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rehearse", action="store_true", help="on the CPU, with the smallest sizes")
+    parser.add_argument("--tiny", action="store_true", help="on the CPU, with the smallest sizes")
     parser.add_argument("--only", nargs="+", choices=[step.name for step in STEPS], default=[], metavar="STEP")
-    parser.add_argument("--seconds", type=float, default=540, help="that all steps may take together")
+    parser.add_argument("--seconds", type=float, default=480, help="that all steps may take together")
     arguments = parser.parse_args()
-    device = "cpu" if arguments.rehearse else arguments.device
+    device = "cpu" if arguments.tiny else arguments.device
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("error: this machine has no GPU that torch can use; --rehearse runs the steps on the CPU.")
+        print("This machine has no GPU that torch can use: nothing to measure. --tiny runs the steps on the CPU.")
+        return
     chosen = [step for step in STEPS if not arguments.only or step.name in arguments.only]
     ends = time.perf_counter() + arguments.seconds
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        results = Path(stack.enter_context(tempfile.TemporaryDirectory())) if arguments.rehearse else RESULTS
+        results = Path(stack.enter_context(tempfile.TemporaryDirectory())) if arguments.tiny else RESULTS
         results.mkdir(exist_ok=True)
         for step in chosen:
             left = ends - time.perf_counter()
             if left < 5:
                 ending, seconds = "left out, no time left", 0.0
             else:
-                ending, seconds = run(step, device, arguments.rehearse, results, min(step.limit, left))
+                ending, seconds = run(step, device, arguments.tiny, results, min(step.limit, left))
             rows.append({"step": step.name, "ending": ending, "seconds": round(seconds, 1)})
             print(f"== {step.name}: {ending}, {seconds:.1f} s", flush=True)
-        if not arguments.rehearse:
+        if not arguments.tiny:
             print(write_result("gpu", device, {"steps": rows}))
     for row in rows:
         print(f"{row['step']:20s} {row['seconds']:6.1f} s  {row['ending']}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, Phi3Config, PretrainedConfig, PreTrainedModel, Qwen2Config
 
 from pipeline.errors import PipelineError
 from pipeline.models.load import load_model
@@ -43,6 +43,19 @@ RANDOM_MODELS: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
             "num_key_value_heads": 4,
             "vocab_size": 152064,
             "max_position_embeddings": 32768,
+        },
+    ),
+    "phi-4": (
+        Phi3Config,
+        {
+            "hidden_size": 5120,
+            "intermediate_size": 17920,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 40,
+            "num_key_value_heads": 10,
+            "vocab_size": 100352,
+            "max_position_embeddings": 16384,
+            "pad_token_id": 0,
         },
     ),
     "tiny": (
@@ -94,11 +107,16 @@ def model_or_exit(directory: Path, device: str, dtype: str = "float32") -> PreTr
         raise SystemExit(f"error: {error} 'dvc repro model@smollm2-135m' makes the default one.") from None
 
 
-def random_model(name: str, device: str, dtype: str = "float32") -> PreTrainedModel:
-    """One of :data:`RANDOM_MODELS`, built on the device: a processor would take minutes to draw 7B weights."""
+def random_model(name: str, device: str, dtype: str = "float32", layers: int = 0) -> PreTrainedModel:
+    """One of :data:`RANDOM_MODELS`, built on the device: a processor would take minutes to draw 7B weights.
+
+    ``layers``: how many of them; 0 for all.
+    """
     if name not in RANDOM_MODELS:
         raise SystemExit(f"error: no sizes are known of {name}; choose one of {', '.join(RANDOM_MODELS)}.")
     kind, sizes = RANDOM_MODELS[name]
+    if layers:
+        sizes = sizes | {"num_hidden_layers": layers}
     torch.manual_seed(0)
     with torch.device(device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(kind(**sizes), dtype=getattr(torch, dtype))

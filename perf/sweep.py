@@ -39,7 +39,6 @@ from pipeline.samples.sample import Sample
 from pipeline.section import read
 from pipeline.sources.pins import SourceParams
 from pipeline.tables import FULL, ORACLE, PolicyKey
-from pipeline.traces.importance import TracesParams
 
 BUDGETS = (48, 64, 96, 128, 192, 256, 384, 512)
 NEW_TOKENS = 32
@@ -196,7 +195,6 @@ def main(
     """Time one sweep against one prefill and one decode per pair."""
     model = benchmark_model(random, model_directory, device, dtype)
     evaluation = EvaluationParams(budgets=BUDGETS, n_sink=4, n_recent=16, seed=SEED)
-    traces = TracesParams(block_size=64, query_chunk=256, sequences_per_shard=1)
     agent = AgentParams(hidden_width=256, hidden_layers=2, inputs=("key", "value", "position", "age"))
     shape = PolicyShape(*head_shape(model), agent)
     # Untrained agents rank as fast as trained ones.
@@ -207,7 +205,7 @@ def main(
     # Only RULER's text needs a tokenizer.
     tokenizer = cast(PreTrainedTokenizerBase, None) if random else load_tokenizer(model_directory)
     rankers = make_rankers(read("baselines", dict[str, Baseline], DEFAULT))
-    sweep = Sweep(model, tokenizer, policies, rankers, evaluation, traces, BUDGETS)
+    sweep = Sweep(model, tokenizer, policies, rankers, evaluation, BUDGETS)
     scores: dict[PolicyKey, Callable[[LayerCache], Tensor]] = {
         key: lambda cache, policy=policy: policy(cache.keys, cache.values, layer=cache.number)
         for key, policy in policies.items()

@@ -1,6 +1,10 @@
 """How fast devices work, and how that is known. It knows neither stages nor models."""
 
-from dataclasses import dataclass, fields
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from pipeline.errors import PipelineError
 
 
 @dataclass(frozen=True)
@@ -9,8 +13,11 @@ class Device:
 
     Attributes
     ----------
-    source
-        How the numbers were got.
+    result
+        How files of measurements name it: ``rates-<result>.json``.
+    origins
+        Name of each rate, ``flops.<dtype>`` for those of products -> how it is known: begins with "measured" or
+        "estimated".
     accelerator
         Whether it has memory of its own, and computes while the host reads.
     flops
@@ -27,7 +34,8 @@ class Device:
         Seconds before a stage works: DVC, imports, checksums of its inputs.
     """
 
-    source: str
+    result: str
+    origins: dict[str, str]
     accelerator: bool
     flops: dict[str, float]
     memory: float
@@ -38,13 +46,25 @@ class Device:
     start: float
 
 
+_TWO_CORES = "measured on two cores of an AMD EPYC with AVX-512"
+_HOST = {
+    "write": f"{_TWO_CORES}, with keys, values and record of all tokens",
+    "read": f"{_TWO_CORES}, from the page cache, with keys, values and record of all tokens",
+    "commit": f"{_TWO_CORES}, when the outputs of a run were written",
+    "start": f"{_TWO_CORES}, when the outputs of a run were written",
+}
+_H100 = "measured on one H100 SXM with its 16 host cores"
 DEVICES = {
     "cpu-2-cores": Device(
-        source="measured on two cores of an AMD EPYC with AVX-512. Products of matrices: such that the traces of the "
-        "default profile take as long as they did (one large product is a quarter faster, in bfloat16 2.1 times). "
-        "Memory: between what results in new memory reach, 7 GB/s, and softmax, 23 GB/s. Trace files: written by one "
-        "core; read from the page cache on first use, checksums included (perf/trace_reading.py). DVC and the start of "
-        "a stage: when the outputs of a run were written",
+        result="cpu",
+        origins=_HOST
+        | {
+            "flops.float32": f"{_TWO_CORES}: such that the traces of the default profile take as long as they did",
+            "flops.bfloat16": f"{_TWO_CORES}: one large product",
+            "flops.float16": "estimated: as in float32",
+            "memory": f"{_TWO_CORES}: between what results in new memory reach, 7 GB/s, and softmax, 23 GB/s",
+            "kernel": "estimated",
+        },
         accelerator=False,
         flops={"float32": 137e9, "bfloat16": 280e9, "float16": 137e9},
         memory=15e9,
@@ -55,18 +75,49 @@ DEVICES = {
         start=12.0,
     ),
     "h100": Device(
-        source="an estimate, not measured: about 40% of the peak of one H100 SXM in each dtype, 60% of its memory's; "
-        "the host's rates are those of cpu-2-cores",
+        result="h100",
+        origins={name: f"estimated for its host: {text}" for name, text in _HOST.items()}
+        | {
+            "flops.float32": f"{_H100}: one large product (perf/training_step.py)",
+            "flops.bfloat16": f"{_H100}: a prefill of 4,096 tokens at Qwen2.5-7B's shapes (perf/capture.py)",
+            "flops.float16": "estimated: as in bfloat16",
+            "memory": "estimated: 60% of what its memory can",
+            "kernel": f"{_H100}: a decode step at Qwen2.5-7B's shapes, whose time is that of starting its operations "
+            "(perf/ranking.py)",
+        },
         accelerator=True,
-        flops={"float32": 25e12, "bfloat16": 400e12, "float16": 400e12},
+        flops={"float32": 51e12, "bfloat16": 500e12, "float16": 500e12},
         memory=2e12,
-        kernel=8e-6,
+        kernel=42e-6,
         write=80e6,
         read=900e6,
         commit=280e6,
         start=12.0,
     ),
 }
+
+
+def measured(device: Device, results: Path) -> Device:
+    """The device with the rates that ``perf/rates.py`` wrote to ``results``, where it was run.
+
+    Raises
+    ------
+    PipelineError
+        There is such a file, and it cannot be read.
+    """
+    path = results / f"rates-{device.result}.json"
+    if not path.is_file():
+        return device
+    try:
+        content = json.loads(path.read_text())
+        machine, rates = content["machine"], {name: float(rate) for name, rate in content["rates"].items()}
+        processor = machine.get("gpu") or machine["processor"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PipelineError(f"{path} holds no rates ({error}); delete it or run python -m perf.rates.") from None
+    flops = {dtype: rates.get(f"flops.{dtype}", rate) for dtype, rate in device.flops.items()}
+    others = {name: rate for name, rate in rates.items() if name in ("memory", "kernel", "write", "read", "commit")}
+    origins = dict.fromkeys(rates, f"measured on {processor} by perf/rates.py ({path.name})")
+    return replace(device, flops=flops, origins=device.origins | origins, **others)
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,19 @@
 """Work in seconds."""
 
+import json
+from pathlib import Path
+
 import pytest
 
-from pipeline.planning.devices import DEVICES, Device, Work
+from pipeline.errors import PipelineError
+from pipeline.planning.devices import DEVICES, Device, Work, measured
 
 WORK = Work(flops=100, agent_flops=20, moved=300, kernels=4, written=50, read=700)
 
 
 def device(accelerator: bool) -> Device:
     flops = {"float32": 10.0, "bfloat16": 50.0}
-    return Device("made up", accelerator, flops, memory=100, kernel=0.5, write=25, read=100, commit=1, start=1)
+    return Device("made-up", {}, accelerator, flops, memory=100, kernel=0.5, write=25, read=100, commit=1, start=1)
 
 
 def test_the_host_reads_before_it_computes() -> None:
@@ -31,4 +35,26 @@ def test_work_adds_up() -> None:
 @pytest.mark.parametrize("name", DEVICES)
 def test_every_device_has_rates_for_every_dtype_and_says_whence(name: str) -> None:
     assert set(DEVICES[name].flops) == {"float32", "bfloat16", "float16"}
-    assert DEVICES[name].source.startswith(("measured", "an estimate, not measured"))
+    rates = {f"flops.{dtype}" for dtype in DEVICES[name].flops}
+    assert set(DEVICES[name].origins) == rates | {"memory", "kernel", "write", "read", "commit", "start"}
+    for origin in DEVICES[name].origins.values():
+        assert origin.startswith(("measured", "estimated"))
+
+
+def test_measured_rates_replace_estimates(tmp_path: Path) -> None:
+    before = DEVICES["h100"]
+    assert measured(before, tmp_path) == before
+    content = {"machine": {"gpu": "H100 PCIe", "processor": "x"}, "rates": {"memory": 1.5e12, "flops.bfloat16": 3e14}}
+    (tmp_path / "rates-h100.json").write_text(json.dumps(content))
+    after = measured(before, tmp_path)
+    assert (after.memory, after.flops["bfloat16"]) == (1.5e12, 3e14)
+    assert (after.kernel, after.flops["float32"]) == (before.kernel, before.flops["float32"])
+    assert after.origins["memory"] == "measured on H100 PCIe by perf/rates.py (rates-h100.json)"
+    assert after.origins["kernel"] == before.origins["kernel"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"machine": {}, "rates": {}}', '{"machine": {"gpu": "x"}}'])
+def test_a_damaged_file_of_rates_is_one_sentence(content: str, tmp_path: Path) -> None:
+    (tmp_path / "rates-cpu.json").write_text(content)
+    with pytest.raises(PipelineError, match=r"rates-cpu\.json holds no rates .* python -m perf\.rates\.$"):
+        measured(DEVICES["cpu-2-cores"], tmp_path)
