@@ -82,13 +82,13 @@ DEVICES = {
             "flops.bfloat16": f"{_H100}: a prefill of 4,096 tokens at Qwen2.5-7B's shapes (perf/capture.py)",
             "flops.float16": "estimated: as in bfloat16",
             "memory": "estimated: 60% of what its memory can",
-            "kernel": f"{_H100}: a decode step at Qwen2.5-7B's shapes, whose time is that of starting its operations "
-            "(perf/ranking.py)",
+            "kernel": f"{_H100}: steps of a sweep's decoding at SmolLM2's shapes, whose time is that of starting their "
+            "operations (perf/sweep.py)",
         },
         accelerator=True,
         flops={"float32": 51e12, "bfloat16": 500e12, "float16": 500e12},
         memory=2e12,
-        kernel=42e-6,
+        kernel=20e-6,
         write=80e6,
         read=900e6,
         commit=280e6,
@@ -146,13 +146,17 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(*(getattr(self, unit.name) + getattr(other, unit.name) for unit in fields(self)))
 
+    def shared(self, share: float) -> "Work":
+        """A share of everything but the operations: so many are started for a part as for the whole."""
+        return replace(self * share, kernels=self.kernels)
+
     def __mul__(self, times: float) -> "Work":
         return Work(*(getattr(self, unit.name) * times for unit in fields(self)))
 
     def seconds(self, device: Device, dtype: str) -> float:
-        """Time on a device for a model of ``dtype``; reading ahead hides behind an accelerator's work, or it behind it.
+        """Time on a device for a model of ``dtype``; the longer of its host's files and its own work hides the other.
 
-        Kinds of work do not overlap otherwise.
+        A device that is the host does one after the other.
         """
         computing = (
             self.flops / device.flops[dtype]
@@ -160,6 +164,5 @@ class Work:
             + self.moved / device.memory
             + self.kernels * device.kernel
         )
-        reading = self.read / device.read
-        both = max(computing, reading) if device.accelerator else computing + reading
-        return both + self.written / device.write
+        files = self.read / device.read + self.written / device.write
+        return max(computing, files) if device.accelerator else computing + files

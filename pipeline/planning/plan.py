@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError
-from pipeline.planning.devices import DEVICES
+from pipeline.planning.devices import DEVICES, Device, measured
 from pipeline.planning.paper import paper_training
 from pipeline.planning.shapes import model_shape
 from pipeline.planning.stages import GENERATED_SHARE, TRACE_CACHE_BYTES, StageCost, policy_shape, stage_costs
@@ -21,24 +21,27 @@ class Plan:
 
     profile: str
     device: str
+    devices: int
+    rates: dict[str, str]
     stages: list[StageCost]
     assumptions: list[str]
 
     @property
     def total(self) -> dict[str, float]:
-        """Sums over the stages, and the peaks of memory."""
+        """Sums over the stages, and the peaks of memory; of disk also with DVC's cache, linked and copied."""
         sums = ("seconds", "disk", "forward_tokens", "flops")
         peaks = ("device_memory", "host_memory")
-        return {name: sum(getattr(stage, name) for stage in self.stages) for name in sums} | {
+        total = {name: sum(getattr(stage, name) for stage in self.stages) for name in sums} | {
             name: max(getattr(stage, name) for stage in self.stages) for name in peaks
         }
+        return total | {"disk_linked": total["disk"], "disk_copied": 2 * total["disk"]}
 
     def as_json(self) -> dict[str, Any]:
         """The plan as JSON-serialisable values, in seconds and bytes."""
         return asdict(self) | {"total": self.total, "paper_training": paper_training()}
 
 
-def make_plan(params: "Params", device: str, models: Path) -> Plan:
+def make_plan(params: "Params", device: str, models: Path, results: Path, devices: int = 1) -> Plan:
     """The cost of every stage but sources, results and report, which take about a minute.
 
     Parameters
@@ -47,25 +50,36 @@ def make_plan(params: "Params", device: str, models: Path) -> Plan:
         Name in :data:`~pipeline.planning.devices.DEVICES`, or ``cpu``.
     models
         Where the model stage writes; the sizes of a model that is there are read from its config.json.
+    results
+        Where ``perf/rates.py`` writes; rates that were measured replace the estimates.
+    devices
+        How many of them one host has. Stages that the executor divides use all.
 
     Raises
     ------
     PipelineError
-        The device has no rates, or the sizes of a model are not known.
+        The device has no rates, there are fewer than one, or the sizes of a model are not known.
     """
     name = "cpu-2-cores" if device == "cpu" else device
     if name not in DEVICES:
         raise PipelineError(f"--device {device} has no rates in the plan; choose cpu or one of {', '.join(DEVICES)}.")
-    found = DEVICES[name]
+    if devices < 1:
+        raise PipelineError(f"--gpus {devices}: there must be one at least.")
+    found = measured(DEVICES[name], results)
     assumptions = [
-        f"Rates of {name}: {found.source}.",
-        "Stages run one after the other on one device. Time to download, and what downloads leave under .cache, is not "
-        "counted; nor are results and report, about a minute.",
+        "Stages run one after the other. Time to download, and what downloads leave under .cache, is not counted; nor "
+        "are results and report, about a minute.",
     ]
+    if devices > 1:
+        assumptions.append(
+            f"The executor divides over {devices} devices: traces by shards of sequences, training by layers, "
+            "evaluation by samples, RULER's and LongBench's samples by tasks (on cores of the host, one for each "
+            "device). The slowest has the units that do not divide evenly. Other stages, and DVC, run on one."
+        )
     stages: list[StageCost] = []
     for model_name in params.matrix.model:
         shape, source = model_shape(model_name, params.model_sources(model_name)["source"], models)
-        stages += stage_costs(model_name, shape, params, found)
+        stages += stage_costs(model_name, shape, params, found, devices)
         policy = policy_shape(shape, params.train.agent)
         assumptions.append(
             f"{model_name} has {source}: {shape.parameters:,} parameters, {policy.heads} agents of "
@@ -88,4 +102,11 @@ def make_plan(params: "Params", device: str, models: Path) -> Plan:
         f"Training keeps {TRACE_CACHE_BYTES / 1e9:.0f} GB of decoded traces in memory per split (KVP_CACHE_GB) and "
         "reads the rest again.",
     ]
-    return Plan(params.profile, name, stages, assumptions)
+    rates = {rate: f"{_value(found, rate):.3g}, {origin}" for rate, origin in found.origins.items()}
+    return Plan(params.profile, name, devices, rates, stages, assumptions)
+
+
+def _value(device: Device, rate: str) -> float:
+    kind, _, dtype = rate.partition(".")
+    value: float = device.flops[dtype] if dtype else getattr(device, kind)
+    return value

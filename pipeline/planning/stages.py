@@ -5,6 +5,7 @@ a device (``devices.py``).
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -59,7 +60,7 @@ class StageCost:
     Attributes
     ----------
     seconds
-        Wall-clock time, with DVC's copy of the outputs.
+        Wall-clock time, with DVC's copy of the outputs. The executor divides ``units`` over the devices.
     disk
         Bytes of the outputs; DVC's cache holds them once more, unless the file system shares blocks.
     device_memory, host_memory
@@ -70,6 +71,8 @@ class StageCost:
         FLOPs of matrix products.
     parts
         The large parts of the peak on the device, bytes.
+    units
+        Into how many parts of equal work the executor can divide it.
     """
 
     stage: str
@@ -81,6 +84,7 @@ class StageCost:
     forward_tokens: float
     flops: float
     parts: dict[str, float]
+    units: int = 1
 
 
 def policy_shape(shape: ModelShape, agent: AgentParams) -> PolicyShape:
@@ -88,9 +92,9 @@ def policy_shape(shape: ModelShape, agent: AgentParams) -> PolicyShape:
     return PolicyShape(shape.ranked_layers, shape.kv_heads, shape.head_dim, agent)
 
 
-def stage_costs(name: str, shape: ModelShape, params: "Params", device: Device) -> Iterator[StageCost]:
-    """Every stage of one model of the matrix, in the order of dvc.yaml."""
-    matrix, model = params.matrix, _Model(name, shape, params, device)
+def stage_costs(name: str, shape: ModelShape, params: "Params", device: Device, devices: int) -> Iterator[StageCost]:
+    """Every stage of one model of the matrix, in the order of dvc.yaml, on so many ``devices`` of one host."""
+    matrix, model = params.matrix, _Model(name, shape, params, device, devices)
     yield model.model()
     yield model.check()
     yield from map(model.samples, matrix.benchmark)
@@ -103,12 +107,13 @@ def stage_costs(name: str, shape: ModelShape, params: "Params", device: Device) 
 
 @dataclass(frozen=True)
 class _Model:
-    """One model of the matrix on one device: what all of its stages share."""
+    """One model of the matrix on some devices: what all of its stages share."""
 
     name: str
     shape: ModelShape
     params: "Params"
     device: Device
+    devices: int
 
     @property
     def item_bytes(self) -> int:
@@ -139,6 +144,10 @@ class _Model:
     def groups(self, benchmark: str) -> list[SampleGroup]:
         return self.params.benchmarks[benchmark].samples.expected()
 
+    def count(self, benchmark: str, split: str) -> int:
+        """Samples of a split, one at least."""
+        return max(1, sum(getattr(group, split) for group in self.groups(benchmark)))
+
     def cost(
         self,
         stage: str,
@@ -150,19 +159,27 @@ class _Model:
         device_memory: float = 0.0,
         forward_tokens: float = 0.0,
         host_seconds: float = 0.0,
+        units: int = 1,
+        together: bool = False,
     ) -> StageCost:
+        """``together``: each of the units takes part in every operation, as a block of agents does in a step."""
         device, dtype = self.device, self.params.models[self.name].dtype
-        host_memory += _PROCESS_BYTES
+        # The devices that have most to do work off whole units, and a process of each holds what one alone would.
+        used = min(self.devices, units)
+        share = math.ceil(units / used) / units
+        work_share = work.shared(share) if together else work * share
+        host_memory = (host_memory + _PROCESS_BYTES) * used
         return StageCost(
             stage,
             f"{self.name} {entry}".strip(),
-            device.start + host_seconds + work.seconds(device, dtype) + disk / device.commit,
+            device.start + host_seconds * share + work_share.seconds(device, dtype) + disk / device.commit,
             disk,
             device_memory if device.accelerator else 0.0,
             host_memory if device.accelerator else host_memory + device_memory,
             forward_tokens,
             work.flops + work.agent_flops,
             parts,
+            units,
         )
 
     def model(self) -> StageCost:
@@ -185,7 +202,8 @@ class _Model:
         params = self.params.benchmarks[benchmark].samples
         tokens = sum(group.tokens * (group.train + group.validation + group.test) for group in self.groups(benchmark))
         seconds = _TOKENIZER_START + params.piece_seconds * params.pieces() + _KILOTOKEN * tokens / 1000
-        return self.cost("samples", benchmark, Work(), _SAMPLE_BYTES * tokens, 0, {}, host_seconds=seconds)
+        units = max(1, len(params.tasks_of))
+        return self.cost("samples", benchmark, Work(), _SAMPLE_BYTES * tokens, 0, {}, host_seconds=seconds, units=units)
 
     def traces(self, trained_on: str) -> StageCost:
         params, work, tokens = self.params.traces, Work(), 0
@@ -206,7 +224,9 @@ class _Model:
         parts["cache"] *= 2
         # Weights pass through the host on their way to an accelerator.
         host = self.weight_bytes if self.device.accelerator else 0
-        return self.cost("traces", trained_on, work, work.written, host, {**parts}, sum(parts.values()), tokens)
+        peak, size = sum(parts.values()), params.sequences_per_shard
+        units = sum(-(-self.count(trained_on, split) // size) for split in ("train", "validation"))
+        return self.cost("traces", trained_on, work, work.written, host, {**parts}, peak, tokens, units=units)
 
     def cuts(self, group: SampleGroup, split: str) -> tuple[int, float, float]:
         """Examples that a sequence gives, their mean cache size, and the tokens known of each head."""
@@ -254,7 +274,8 @@ class _Model:
         parts = step_memory(policy, made, params.batch_size, round(longest), self.device.accelerator)
         disk = policy_bytes(policy) + _POINT_BYTES * policy.heads * (2 * params.steps + validations)
         host = kept + _READ_AHEAD * params.batch_size * decoded_bytes(self.shape, longest)
-        return self.cost("train", f"{trained_on} {estimator}", work, disk, host, {**parts}, sum(parts.values()))
+        entry, peak, units = f"{trained_on} {estimator}", sum(parts.values()), self.shape.ranked_layers
+        return self.cost("train", entry, work, disk, host, {**parts}, peak, units=units, together=True)
 
     def evaluate(self, benchmark: str) -> StageCost:
         shape, budgets = self.shape, self.params.budgets(benchmark)
@@ -295,7 +316,8 @@ class _Model:
                 peak = max(sum(prefill.values()), stays + evicted + twice)
                 parts = {**prefill, f"evicted caches of {rows} rows": evicted}
         host = self.weight_bytes if self.device.accelerator else 0
-        return self.cost("evaluate", benchmark, work, disk, host, parts, peak, tokens)
+        units = self.count(benchmark, "test")
+        return self.cost("evaluate", benchmark, work, disk, host, parts, peak, tokens, units=units)
 
     def score(self, benchmark: str) -> StageCost:
         # A moment, whatever there is to judge.

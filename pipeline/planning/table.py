@@ -43,7 +43,8 @@ def print_plan(plan: Plan) -> None:
         model, _, rest = stage.entry.partition(" ")
         return f"{stage.stage} {rest or model}" if len(models) == 1 else f"{stage.stage} {stage.entry}"
 
-    console.print(f"{plan.profile} on {plan.device}; device and host are peaks of memory\n")
+    devices = plan.device if plan.devices == 1 else f"{plan.devices} x {plan.device}"
+    console.print(f"{plan.profile} on {devices}; device and host are peaks of memory\n")
     costs = Table(box=None, pad_edge=False)
     costs.add_column("stage", no_wrap=True)
     for column in ("time", *shown):
@@ -52,7 +53,10 @@ def print_plan(plan: Plan) -> None:
     for label, cost in [*rows, ("total", total)]:
         costs.add_row(label, _time(cost["seconds"]), *(_amount(cost[key], unit) for key, unit in shown.values()))
     console.print(costs)
-    console.print(f"\nDVC's cache holds the outputs once more: {_amount(2 * total['disk'], 'B')} in all.\n")
+    console.print(
+        f"\nWith DVC's cache {_amount(total['disk_linked'], 'B')} in all where the file system can link (reflinks, or "
+        f"cache.type in .dvc/config), {_amount(total['disk_copied'], 'B')} where it copies.\n"
+    )
 
     parts = Table("stage", "large parts of its memory on the device", box=None, pad_edge=False)
     for planned in plan.stages:
@@ -69,5 +73,10 @@ def print_plan(plan: Plan) -> None:
         f"{_amount(paper['exact_sums_flops'], 'FLOP')} more for the sums of the exact estimator; the steps read "
         f"{_amount(paper['read_bytes'], 'B')} of traces.\n"
     )
+    rates = Table("rate per second", "value, and whence", box=None, pad_edge=False)
+    for name, text in plan.rates.items():
+        rates.add_row("seconds to start a stage" if name == "start" else name, text)
+    console.print(rates)
+    console.print()
     for assumption in plan.assumptions:
         console.print(f"- {assumption}", highlight=False)

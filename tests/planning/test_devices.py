@@ -22,9 +22,14 @@ def test_the_host_reads_before_it_computes() -> None:
     assert WORK.seconds(device(False), "float32") == pytest.approx(17 + 7 + 2)
 
 
-def test_an_accelerator_computes_while_the_host_reads() -> None:
-    assert WORK.seconds(device(True), "bfloat16") == pytest.approx(9 + 2)
+def test_an_accelerator_computes_while_the_host_reads_and_writes() -> None:
+    assert (WORK + Work(moved=100)).seconds(device(True), "bfloat16") == pytest.approx(10)
+    assert WORK.seconds(device(True), "bfloat16") == pytest.approx(7 + 2)
     assert (WORK + Work(read=700)).seconds(device(True), "bfloat16") == pytest.approx(14 + 2)
+
+
+def test_a_share_starts_as_many_operations() -> None:
+    assert WORK.shared(0.25) + Work(kernels=-3) == WORK * 0.25
 
 
 def test_work_adds_up() -> None:

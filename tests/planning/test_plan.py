@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 from pipeline.benchmarks.base import Answer, Benchmark, Making, SampleGroup, Sizes
 from pipeline.errors import PipelineError
 from pipeline.params import load_params
+from pipeline.planning.devices import DEVICES
 from pipeline.planning.paper import paper_training
 from pipeline.planning.plan import make_plan
 from pipeline.planning.table import print_plan
@@ -23,7 +24,7 @@ from tests.planning.profiles import NAMES, REPOSITORY, read_profile
 @pytest.mark.parametrize("device", ["cpu", "h100"])
 def test_every_entry_of_every_stage_is_planned(name: str, device: str, tmp_path: Path) -> None:
     params = read_profile(name)
-    plan = make_plan(params, device, tmp_path)
+    plan = make_plan(params, device, tmp_path, tmp_path)
     matrix = params.matrix
     models, learned, benchmarks = len(matrix.model), len(matrix.trained_on), len(matrix.benchmark)
     expected = {
@@ -47,7 +48,7 @@ def test_every_entry_of_every_stage_is_planned(name: str, device: str, tmp_path:
 
 
 def test_the_stages_are_those_of_dvc_yaml() -> None:
-    plan = make_plan(load_params(REPOSITORY / "params.yaml"), "cpu", Path("nowhere"))
+    plan = make_plan(load_params(REPOSITORY / "params.yaml"), "cpu", Path("nowhere"), Path("nowhere"))
     stages = list(YAML(typ="safe").load((REPOSITORY / "dvc.yaml").read_text())["stages"])
     assert (
         list(dict.fromkeys(stage.stage for stage in plan.stages))
@@ -109,7 +110,7 @@ def test_answers_take_more_room_where_more_is_asked(tmp_path: Path) -> None:
         params = read_profile("ci")
         ruler = params.benchmarks["ruler"]
         asked = replace(ruler, samples=ruler.samples.model_copy(update={"perplexity": perplexity}))
-        plan = make_plan(replace(params, benchmarks=params.benchmarks | {"ruler": asked}), "cpu", tmp_path)
+        plan = make_plan(replace(params, benchmarks=params.benchmarks | {"ruler": asked}), "cpu", tmp_path, tmp_path)
         (found,) = (cost for cost in plan.stages if (cost.stage, cost.entry.split()[-1]) == (stage, "ruler"))
         return found.disk
 
@@ -117,9 +118,47 @@ def test_answers_take_more_room_where_more_is_asked(tmp_path: Path) -> None:
     assert disk("evaluate", True) > disk("evaluate", False)
 
 
+def test_devices_share_whole_units(tmp_path: Path) -> None:
+    def seconds(devices: int) -> dict[str, float]:
+        plan = make_plan(read_profile("paper-qwen2.5-7b"), "h100", tmp_path, tmp_path, devices)
+        return {f"{stage.stage} {stage.entry}": stage.seconds for stage in plan.stages}
+
+    alone, shared, most = (seconds(devices) for devices in (1, 8, 10_000))
+    plan = make_plan(read_profile("paper-qwen2.5-7b"), "h100", tmp_path, tmp_path)
+    units = {f"{stage.stage} {stage.entry}": stage.units for stage in plan.stages}
+    # 13 tasks of 460, 8 and 100 samples, 16 sequences in a shard; 28 layers.
+    assert units["traces qwen2-5-7b ruler"] == 374 + 7
+    assert units["train qwen2-5-7b ruler exact"] == 28
+    assert units["evaluate qwen2-5-7b ruler"] == 1300
+    assert units["samples qwen2-5-7b ruler"] == 13
+    for name, count in units.items():
+        start = DEVICES["h100"].start + next(
+            stage.disk / DEVICES["h100"].commit for stage in plan.stages if f"{stage.stage} {stage.entry}" == name
+        )
+        assert most[name] <= shared[name] <= alone[name]
+        if count == 1:
+            assert shared[name] == alone[name]
+        elif not name.startswith("train"):
+            share = -(-count // 8) / count
+            assert shared[name] - start == pytest.approx(share * (alone[name] - start))
+    # As many operations are started for four layers as for all.
+    assert shared["train qwen2-5-7b ruler exact"] > alone["train qwen2-5-7b ruler exact"] * 4 / 28
+
+
+def test_no_device_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match=r"--gpus 0: there must be one at least\.$"):
+        make_plan(read_profile("default"), "h100", tmp_path, tmp_path, 0)
+
+
+def test_disk_is_told_with_and_without_links(tmp_path: Path) -> None:
+    total = make_plan(read_profile("ci"), "cpu", tmp_path, tmp_path).total
+    assert total["disk_linked"] == total["disk"]
+    assert total["disk_copied"] == 2 * total["disk"]
+
+
 def test_a_device_without_rates_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(PipelineError, match=r"--device tpu has no rates in the plan; choose cpu or one of .*h100\.$"):
-        make_plan(read_profile("default"), "tpu", tmp_path)
+        make_plan(read_profile("default"), "tpu", tmp_path, tmp_path)
 
 
 def test_the_paper_s_training_is_counted_by_hand() -> None:
@@ -135,7 +174,7 @@ def test_the_paper_s_training_is_counted_by_hand() -> None:
 
 
 def test_json_holds_what_the_table_shows(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = make_plan(read_profile("paper-qwen2.5-7b"), "h100", Path("nowhere"))
+    plan = make_plan(read_profile("paper-qwen2.5-7b"), "h100", Path("nowhere"), Path("nowhere"))
     content = json.loads(json.dumps(plan.as_json()))
     assert content["total"] == plan.total
     assert len(content["stages"]) == len(plan.stages)
@@ -145,5 +184,8 @@ def test_json_holds_what_the_table_shows(capsys: pytest.CaptureFixture[str], mon
     assert "paper-qwen2.5-7b on h100" in shown
     assert "evicted caches of" in shown
     assert "112 agents for 4,000 steps" in shown
+    assert "flops.bfloat16" in shown
+    assert "where it copies" in shown
+    assert set(plan.rates) == set(DEVICES["h100"].origins)
     for assumption in plan.assumptions:
         assert " ".join(assumption.split())[:60] in " ".join(shown.split())
