@@ -115,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--random", default="smollm2-135m", choices=RANDOM_MODELS, help="whose shapes")
-    parser.add_argument("--layers", type=int, default=0, help="of the timed model; 0 for all")
+    parser.add_argument("--layers", type=int, default=3, help="of the timed model; 0 for all")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 8192])
     parser.add_argument("--memory-tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384, 32768])

@@ -49,7 +49,7 @@ STEPS = (
     Step(
         "capture",
         "perf.capture",
-        "--random qwen2.5-7b --dtype bfloat16 --tokens 1024 4096 8192",
+        "--random qwen2.5-7b --layers 0 --dtype bfloat16 --tokens 1024 4096 8192",
         "--random tiny --repeats 1 --tokens 128 --memory-tokens 128",
         90,
     ),

@@ -2,7 +2,7 @@
 
     python -m perf.rates
 
-Products of matrices are those of a prefill of a few layers at Qwen2.5-7B's shapes in each dtype; ``memory`` is a
+Products of matrices are those of a prefill of a few layers in each dtype; ``memory`` is a
 softmax of what fits no cache, read and written once; ``kernel`` is a step of decoding, whose time is that of starting
 its operations. Trace files are written and read for the first time, checksums included, by one process; ``commit`` is
 a file hashed and copied. ``python -m stages.plan`` takes the results in place of its estimates.
@@ -88,18 +88,20 @@ def file_rates(sequences: int, repeats: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--random", default="qwen2.5-7b", choices=RANDOM_MODELS, help="whose shapes")
+    parser.add_argument("--random", choices=RANDOM_MODELS, help="whose shapes; those of the profiles by default")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=0, help="of a prefill; by default 4,096 on a GPU, 256 on a CPU")
+    parser.add_argument("--tokens", type=int, default=0, help="of a prefill; by default 4,096 on a GPU, 1,024 on a CPU")
     parser.add_argument("--numbers", type=int, default=1 << 26, help="of the softmax")
     parser.add_argument("--sequences", type=int, default=24, help="of trace files")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     device, repeats = arguments.device, arguments.repeats
-    tokens = arguments.tokens or (256 if torch.device(device).type == "cpu" else 4096)
+    on_cpu = torch.device(device).type == "cpu"
+    shapes = arguments.random or ("smollm2-135m" if on_cpu else "qwen2.5-7b")
+    tokens = arguments.tokens or (1024 if on_cpu else 4096)
     rates: dict[str, float] = {}
     for dtype in DTYPES:
-        model = random_model(arguments.random, device, dtype, arguments.layers)
+        model = random_model(shapes, device, dtype, arguments.layers)
         rates[f"flops.{dtype}"] = product_rate(model, tokens, device, repeats)
     numbers = torch.rand(arguments.numbers // 1024, 1024, device=device)
     out = torch.empty_like(numbers)
@@ -110,7 +112,7 @@ def main() -> None:
     rates |= file_rates(arguments.sequences, repeats)
     for name, rate in rates.items():
         print(f"{name}: {rate:.3g}")
-    options = {"model": arguments.random, "layers": arguments.layers, "tokens": tokens}
+    options = {"model": shapes, "layers": arguments.layers, "tokens": tokens}
     print(write_result("rates", device, {**options, "rates": rates}))
 
 

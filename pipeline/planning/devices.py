@@ -153,16 +153,25 @@ class Work:
     def __mul__(self, times: float) -> "Work":
         return Work(*(getattr(self, unit.name) * times for unit in fields(self)))
 
+    def queued(self, device: Device, dtype: str) -> "Work":
+        """The same with the operations alone whose start is not hidden: an accelerator works on those before it.
+
+        For work of one kind: where one part waits for the host and another for the device, each has to be asked.
+        """
+        if not device.accelerator:
+            return self
+        return replace(self, kernels=max(0.0, self.kernels - self._busy(device, dtype) / device.kernel))
+
+    def _busy(self, device: Device, dtype: str) -> float:
+        """Seconds in which a device computes."""
+        products = self.flops / device.flops[dtype] + self.agent_flops / device.flops["float32"]
+        return products + self.moved / device.memory
+
     def seconds(self, device: Device, dtype: str) -> float:
         """Time on a device for a model of ``dtype``; the longer of its host's files and its own work hides the other.
 
         A device that is the host does one after the other.
         """
-        computing = (
-            self.flops / device.flops[dtype]
-            + self.agent_flops / device.flops["float32"]
-            + self.moved / device.memory
-            + self.kernels * device.kernel
-        )
+        computing = self._busy(device, dtype) + self.kernels * device.kernel
         files = self.read / device.read + self.written / device.write
         return max(computing, files) if device.accelerator else computing + files

@@ -29,7 +29,7 @@ class Plan:
     @property
     def total(self) -> dict[str, float]:
         """Sums over the stages, and the peaks of memory; of disk also with DVC's cache, linked and copied."""
-        sums = ("seconds", "disk", "forward_tokens", "flops")
+        sums = ("seconds", "commit", "disk", "forward_tokens", "flops")
         peaks = ("device_memory", "host_memory")
         total = {name: sum(getattr(stage, name) for stage in self.stages) for name in sums} | {
             name: max(getattr(stage, name) for stage in self.stages) for name in peaks

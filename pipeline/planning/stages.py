@@ -71,6 +71,8 @@ class StageCost:
         FLOPs of matrix products.
     parts
         The large parts of the peak on the device, bytes.
+    commit
+        Of the seconds, those in which DVC checksums the outputs and copies them into its cache.
     units
         Into how many parts of equal work the executor can divide it.
     """
@@ -84,7 +86,8 @@ class StageCost:
     forward_tokens: float
     flops: float
     parts: dict[str, float]
-    units: int = 1
+    commit: float
+    units: int
 
 
 def policy_shape(shape: ModelShape, agent: AgentParams) -> PolicyShape:
@@ -139,7 +142,12 @@ class _Model:
 
     def captured(self, tokens: int, recorded: float, item_bytes: int = 0) -> Work:
         """Of a run over so many tokens, in the model's dtype unless ``item_bytes`` says another."""
-        return capture_work(self.shape, tokens, item_bytes or self.item_bytes, recorded, self.device.accelerator)
+        item_bytes = item_bytes or self.item_bytes
+        return self.queued(capture_work(self.shape, tokens, item_bytes, recorded, self.device.accelerator))
+
+    def queued(self, work: Work) -> Work:
+        """See :meth:`Work.queued`."""
+        return work.queued(self.device, self.params.models[self.name].dtype)
 
     def groups(self, benchmark: str) -> list[SampleGroup]:
         return self.params.benchmarks[benchmark].samples.expected()
@@ -167,7 +175,7 @@ class _Model:
         # The devices that have most to do work off whole units, and a process of each holds what one alone would.
         used = min(self.devices, units)
         share = math.ceil(units / used) / units
-        work_share = work.shared(share) if together else work * share
+        work_share = self.queued(work.shared(share)) if together else work * share
         host_memory = (host_memory + _PROCESS_BYTES) * used
         return StageCost(
             stage,
@@ -179,6 +187,7 @@ class _Model:
             forward_tokens,
             work.flops + work.agent_flops,
             parts,
+            disk / device.commit,
             units,
         )
 
@@ -304,7 +313,9 @@ class _Model:
             evicting = Work(moved=RANKING_BYTES * policies * shape.heads * ranked + 4 * evicted)
             # Importance is asked for at the middle and at the end of the context.
             captured = self.captured(group.tokens, 0.75)
-            work += (captured + score_work(self.policy, ranked) * trained + evicting + decoding) * group.test
+            work += (
+                captured + score_work(self.policy, ranked) * trained + evicting + self.queued(decoding)
+            ) * group.test
             tokens += (group.tokens + rows * (scored + generated)) * group.test
             answer = _ANSWER_BYTES * _answers(group) + _LIKELIHOOD_BYTES * scored + _TEXT_BYTES * generated
             disk += (2 * policies * shape.heads * _COST_CURVE_BYTES + rows * answer) * group.test

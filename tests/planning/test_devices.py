@@ -28,6 +28,14 @@ def test_an_accelerator_computes_while_the_host_reads_and_writes() -> None:
     assert (WORK + Work(read=700)).seconds(device(True), "bfloat16") == pytest.approx(14 + 2)
 
 
+def test_starting_operations_hides_behind_an_accelerator_s_work() -> None:
+    # 7 s of computing hide 2 s of starting operations, and of 20 s they leave 13.
+    queued = WORK.queued(device(True), "bfloat16")
+    assert queued == Work(flops=100, agent_flops=20, moved=300, written=50, read=700)
+    assert (WORK + Work(kernels=36)).queued(device(True), "bfloat16").kernels == pytest.approx(13 / 0.5)
+    assert WORK.queued(device(False), "bfloat16") == WORK
+
+
 def test_a_share_starts_as_many_operations() -> None:
     assert WORK.shared(0.25) + Work(kernels=-3) == WORK * 0.25
 

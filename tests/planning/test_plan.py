@@ -131,10 +131,9 @@ def test_devices_share_whole_units(tmp_path: Path) -> None:
     assert units["train qwen2-5-7b ruler exact"] == 28
     assert units["evaluate qwen2-5-7b ruler"] == 1300
     assert units["samples qwen2-5-7b ruler"] == 13
+    serial = {f"{stage.stage} {stage.entry}": DEVICES["h100"].start + stage.commit for stage in plan.stages}
     for name, count in units.items():
-        start = DEVICES["h100"].start + next(
-            stage.disk / DEVICES["h100"].commit for stage in plan.stages if f"{stage.stage} {stage.entry}" == name
-        )
+        start = serial[name]
         assert most[name] <= shared[name] <= alone[name]
         if count == 1:
             assert shared[name] == alone[name]
@@ -154,6 +153,7 @@ def test_disk_is_told_with_and_without_links(tmp_path: Path) -> None:
     total = make_plan(read_profile("ci"), "cpu", tmp_path, tmp_path).total
     assert total["disk_linked"] == total["disk"]
     assert total["disk_copied"] == 2 * total["disk"]
+    assert total["commit"] == pytest.approx(total["disk"] / DEVICES["cpu-2-cores"].commit)
 
 
 def test_a_device_without_rates_is_one_sentence(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_json_holds_what_the_table_shows(capsys: pytest.CaptureFixture[str], mon
     assert "evicted caches of" in shown
     assert "112 agents for 4,000 steps" in shown
     assert "flops.bfloat16" in shown
-    assert "where it copies" in shown
+    assert "where it copies. Checksums and copies take" in shown
     assert set(plan.rates) == set(DEVICES["h100"].origins)
     for assumption in plan.assumptions:
         assert " ".join(assumption.split())[:60] in " ".join(shown.split())
