@@ -9,7 +9,6 @@ CPU is measured in processes of its own, with one layer of the model; less the c
 import argparse
 import multiprocessing
 import os
-import resource
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from perf.expected_cost import peak_bytes
 from perf.measure import RANDOM_MODELS, interleaved, median_ratio, random_model, write_result
 from pipeline.section import read
 from pipeline.traces.capture import run_captured
@@ -61,21 +61,13 @@ def peak_growth(arguments: argparse.Namespace, tokens: int) -> dict[str, float]:
     torch.set_num_threads(arguments.threads)
     model = random_model(arguments.random, arguments.device, arguments.dtype, layers=1)
     prefill(model, token_ids(model, 64))  # brings the weights into memory
-    on_gpu = torch.device(arguments.device).type == "cuda"
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if on_gpu else _resident_peak()
-    run_captured(model, token_ids(model, tokens), DynamicCache(), (tokens // 2, SMALLEST_CUT))
-    peak = torch.cuda.max_memory_allocated() if on_gpu else _resident_peak()
-    return {"peak": peak - before, "cache": cache_bytes(model, tokens)}
+    ids, cuts = token_ids(model, tokens), (tokens // 2, SMALLEST_CUT)
+    peak = peak_bytes(lambda: run_captured(model, ids, DynamicCache(), cuts), arguments.device)
+    return {"peak": peak, "cache": cache_bytes(model, tokens)}
 
 
 def token_ids(model: PreTrainedModel, tokens: int) -> torch.Tensor:
     return torch.arange(tokens) % model.config.vocab_size
-
-
-def _resident_peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure_memory(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:

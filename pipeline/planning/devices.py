@@ -115,9 +115,9 @@ def measured(device: Device, results: Path) -> Device:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise PipelineError(f"{path} holds no rates ({error}); delete it or run python -m perf.rates.") from None
     flops = {dtype: rates.get(f"flops.{dtype}", rate) for dtype, rate in device.flops.items()}
-    others = {name: rate for name, rate in rates.items() if name in ("memory", "kernel", "write", "read", "commit")}
+    known = {name: rates.get(name, getattr(device, name)) for name in ("memory", "kernel", "write", "read", "commit")}
     origins = dict.fromkeys(rates, f"measured on {processor} by perf/rates.py ({path.name})")
-    return replace(device, flops=flops, origins=device.origins | origins, **others)
+    return Device(device.result, device.origins | origins, device.accelerator, flops, start=device.start, **known)
 
 
 @dataclass(frozen=True)

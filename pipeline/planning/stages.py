@@ -154,7 +154,8 @@ class _Model:
 
     def count(self, benchmark: str, split: str) -> int:
         """Samples of a split, one at least."""
-        return max(1, sum(getattr(group, split) for group in self.groups(benchmark)))
+        counted: int = sum(getattr(group, split) for group in self.groups(benchmark))
+        return max(1, counted)
 
     def cost(
         self,

@@ -75,9 +75,9 @@ def print_plan(plan: Plan) -> None:
         f"{_amount(paper['exact_sums_flops'], 'FLOP')} more for the sums of the exact estimator; the steps read "
         f"{_amount(paper['read_bytes'], 'B')} of traces.\n"
     )
-    rates = Table("rate per second", "value, and whence", box=None, pad_edge=False)
-    for name, text in plan.rates.items():
-        rates.add_row("seconds to start a stage" if name == "start" else name, text)
+    rates = Table("rate", "FLOP/s, bytes/s; seconds of kernel and start", box=None, pad_edge=False)
+    for rate, text in plan.rates.items():
+        rates.add_row(rate, text)
     console.print(rates)
     console.print()
     for assumption in plan.assumptions:
