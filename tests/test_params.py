@@ -308,6 +308,6 @@ def test_a_name_that_dvc_cannot_use_is_refused(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("written", ["5e-5", "1e-3", "5.0e-5", "0.001", ".001"])
 def test_numbers_read_as_yaml_1_2_reads_them(written: str, tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
-    assert "learning_rate: 1.0e-3" in PROFILE
-    path.write_text(PROFILE.replace("learning_rate: 1.0e-3", f"learning_rate: {written}"))
+    assert "learning_rate: 1.0e-2" in PROFILE
+    path.write_text(PROFILE.replace("learning_rate: 1.0e-2", f"learning_rate: {written}"))
     assert load_params(path).train.learning_rate == float(written)
