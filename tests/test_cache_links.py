@@ -68,3 +68,28 @@ def test_outputs_are_no_second_copy_and_a_rerun_changes_no_cached_file(
     (tmp_path / "input").write_text("first")
     call(tmp_path, "dvc", "repro")
     assert (tmp_path / "out/deep/large").read_text() == "first" * 1000
+
+
+def test_an_interrupted_push_goes_on_with_the_files_that_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project, remote = tmp_path / "project", tmp_path / "remote"
+    project.mkdir()
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    call(project, "dvc", "init", "--quiet", "--no-scm")
+    call(project, "dvc", "remote", "add", "--default", "storage", str(remote))
+    (project / "traces").mkdir()
+    for layer in range(6):
+        (project / f"traces/layer={layer:02d}").write_text(str(layer) * 1000)
+    call(project, "dvc", "add", "traces")
+    call(project, "dvc", "push")
+    there = {path: path.stat().st_mtime_ns for path in remote.rglob("*") if path.is_file()}
+    assert len(there) == 7  # and the list of the directory, which is sent last
+    listed = next(path for path in there if path.suffix == ".dir")
+    lost = [path for path in there if path != listed][:2]
+    for path in (listed, *lost):
+        path.unlink()
+    assert "3 files pushed" in call(project, "dvc", "push")
+    for path, time in there.items():
+        assert path.is_file()
+        assert path in (listed, *lost) or path.stat().st_mtime_ns == time

@@ -12,7 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from safetensors import safe_open
 
 from pipeline.params import Params, load_params
 from studies.sensitivity.params import read_study
+from tests.rehearsal.starter import started
 
 pytestmark = pytest.mark.slow
 
@@ -43,12 +44,12 @@ ENVIRONMENT |= {
 }
 
 
-def call(directory: Path, *command: str) -> str:
+def call(directory: Path, *command: str, environment: Mapping[str, str] = ENVIRONMENT) -> str:
     """Run a command that must succeed; returns what it printed."""
     done = subprocess.run(
         command,
         cwd=directory,
-        env=ENVIRONMENT,
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -89,7 +90,14 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def run(space: Path) -> Run:
+def forked(space: Path) -> Iterator[dict[str, str]]:
+    """An environment in which DVC's stages start as forks; those that are interrupted below start as processes do."""
+    with started(space / "python", ENVIRONMENT) as commands:
+        yield ENVIRONMENT | {"PATH": f"{commands}{os.pathsep}{ENVIRONMENT['PATH']}"}
+
+
+@pytest.fixture(scope="module")
+def run(space: Path, forked: dict[str, str]) -> Run:
     """The tracked files with the ci profile, as a repository of their own, after ``dvc repro``."""
     directory = space / "run"
     for name in call(REPOSITORY, "git", "ls-files", "-z").split("\0"):
@@ -101,7 +109,7 @@ def run(space: Path) -> Run:
     call(directory, "git", "add", "--all")
     call(directory, "git", "commit", "--quiet", "--message", "Start")
     share_sources(directory)
-    output = call(directory, "dvc", "repro")
+    output = call(directory, "dvc", "repro", environment=forked)
     return Run(directory, output, load_params(directory / "params.yaml"))
 
 
@@ -209,16 +217,16 @@ def test_interrupted_traces_and_training_end_with_the_same_bytes(run: Run, copy:
     out = copy / "traces" / MODEL / "dialogues"
     marker = interrupt(copy, "traces-*/*/train/shard-00000.json", "traces", *DIALOGUES)
     assert not out.exists()
-    shard = marker.with_name("layer=00") / "shard-00000.parquet"
+    shard = marker.with_name("layer=00") / "tokens-00000.parquet"
     before = shard.stat()
     call(copy, sys.executable, "-m", "stages.traces", *DIALOGUES)
-    after = (out / "train/layer=00/shard-00000.parquet").stat()
+    after = (out / "train/layer=00/tokens-00000.parquet").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)  # not made again
     assert files(out) == files(run.directory / "traces" / MODEL / "dialogues")
 
     out = copy / "policies" / MODEL / "dialogues/exact"
     arguments = (*DIALOGUES, "--estimator", "exact")
-    checkpoint = interrupt(copy, "train-*/*/checkpoint.safetensors", "train", *arguments)
+    checkpoint = interrupt(copy, "train-*/*/layer-*/checkpoint.safetensors", "train", *arguments)
     with safe_open(checkpoint, framework="pt") as stored:
         assert 0 < int(stored.metadata()["step"]) < run.params.train.steps
     assert not out.exists()
@@ -260,9 +268,9 @@ def test_push_and_pull_restore_all_and_track_fills_mlflow(run: Run, space: Path)
     shutil.rmtree(clone)
 
 
-def test_the_studies_run_on_demand(run: Run) -> None:
+def test_the_studies_run_on_demand(run: Run, forked: dict[str, str]) -> None:
     studies = run.directory / "studies"
-    output = call(studies, "dvc", "repro")
+    output = call(studies, "dvc", "repro", environment=forked)
     expected = {"sensitivity_train", "sensitivity", f"latency@{MODEL}"}
     expected |= {f"sensitivity_traces@{MODEL}-{name}" for name in run.params.matrix.trained_on}
     assert stages_run(output) == expected
@@ -276,9 +284,9 @@ def test_the_studies_run_on_demand(run: Run) -> None:
     assert UP_TO_DATE in call(run.directory, "dvc", "status")
 
 
-def test_a_changed_training_reruns_what_depends_on_it_only(run: Run) -> None:
+def test_a_changed_training_reruns_what_depends_on_it_only(run: Run, forked: dict[str, str]) -> None:
     # Last, because it changes the run.
-    output = call(run.directory, "dvc", "exp", "run", "--set-param", "train.steps=6")
+    output = call(run.directory, "dvc", "exp", "run", "--set-param", "train.steps=6", environment=forked)
     upstream = ("sources", "model@", "check@", "samples@", "traces@")
     expected = {stage for stage in stages_run(run.output) if not stage.startswith(upstream)}
     assert stages_run(output) == expected

@@ -23,6 +23,7 @@ SIZES: dict[str, int | frozenset[str]] = {
     "train.validate_every": 2,
     "train.checkpoint_every": 2,
     "estimators.rloo.samples": 2,
+    "train.batch_size": 2,
     "report.bootstrap_samples": 50,
     "report.example_layer": LAYERS - 1,
 }
