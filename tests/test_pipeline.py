@@ -206,6 +206,13 @@ def test_everything_that_is_promised_lies_where_it_should(run: Run) -> None:
     assert not [*run.directory.rglob(".*.tmp"), *run.directory.rglob(".*.retired"), *run.directory.rglob(".publish")]
 
 
+def test_what_is_large_lies_on_the_disk_once(run: Run) -> None:
+    for name in ("models", "traces", "answers"):
+        found = [path for path in (run.directory / name).rglob("*") if path.is_file()]
+        # The cache has the same file under another name.
+        assert {path.stat().st_nlink for path in found} == {2}, name
+
+
 def test_a_second_repro_runs_nothing(run: Run) -> None:
     assert stages_run(call(run.directory, "dvc", "repro")) == set()
     assert UP_TO_DATE in call(run.directory, "dvc", "status")
