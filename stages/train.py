@@ -22,7 +22,7 @@ def main(
     """Train a policy for MODEL on TRAINED_ON with ESTIMATOR into policies/MODEL/TRAINED_ON/ESTIMATOR."""
     from pipeline.closure import Code
     from pipeline.executor.units import Executor
-    from pipeline.files import hash_manifest, write_text
+    from pipeline.files import hash_manifest, remove, write_text
     from pipeline.policy.card import model_card
     from pipeline.policy.estimators.base import ESTIMATORS
     from pipeline.policy.job import TrainingJob
@@ -51,6 +51,7 @@ def main(
     policy = job.gather()
     write_text(policy / "README.md", model_card(policy))
     publish(policy, out)
+    remove(work)  # the units, which are whole now
     log_finished_training(out)
 
 

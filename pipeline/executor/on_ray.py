@@ -178,13 +178,14 @@ class _Crew:
         """Keep so many workers at work until no unit is left."""
         self._require_room()
         todo = deque(units)
-        wanted = workers or sum(_room(node, self.needs) for node in self._nodes())
         while todo or any(worker.unit for worker in self.awaited):
             while todo and self.idle:
                 worker = self.idle.pop()
                 worker.begin(todo.popleft())
                 self.awaited.append(worker)
             starting = sum(worker.unit is None for worker in self.awaited)
+            # Nodes may join while others are at work.
+            wanted = workers or sum(_room(node, self.needs) for node in self._nodes())
             for _ in range(min(wanted - len(self.awaited), len(todo) - starting)):
                 self.awaited.append(_Worker(self.actor.remote(), self.errand | {"threads": int(self.needs["CPU"])}))
             for worker in self._ready():
@@ -209,8 +210,8 @@ class _Crew:
             cpus, gpus, memory = self.needs["CPU"], self.needs["GPU"], self.needs["memory"] / 2**30
             raise PipelineError(
                 f"No node of the Ray cluster ({len(nodes)} alive) has the {cpus:g} CPUs, {gpus:g} GPUs and "
-                f"{memory:.1f} GiB of memory that a worker of {self.job.name} takes; start larger nodes, or, without "
-                "GPUs, let workers take fewer CPUs (OMP_NUM_THREADS)."
+                f"{memory:.1f} GiB of memory that a worker of {self.job.name} takes; start such a node, or let workers "
+                "take fewer CPUs (OMP_NUM_THREADS, without GPUs) or, in training, less memory (KVP_CACHE_GB)."
             )
 
     def _hear(self, worker: _Worker) -> str | None:

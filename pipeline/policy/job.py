@@ -10,8 +10,9 @@ import polars as pl
 import torch
 
 from pipeline.closure import Code
+from pipeline.errors import PipelineError
 from pipeline.executor.units import Advance
-from pipeline.files import atomic_write
+from pipeline.files import atomic_write, remove
 from pipeline.policy.agents import CONFIG_FILE, Policy, load_policy, save_policy
 from pipeline.policy.estimators.base import Estimator
 from pipeline.policy.train import CURVES_FILE, TrainParams, train_policy
@@ -75,11 +76,17 @@ class TrainingJob:
         train_policy(work, reader, validation, self.estimator, self.params, dict(self.config), self.device, advance)
 
     def gather(self) -> Path:
-        """One policy and one table of curves of all layers; returns their directory."""
+        """One policy and one table of curves of all layers; returns their directory.
+
+        Raises
+        ------
+        PipelineError
+            A unit's policy is damaged.
+        """
         out, parts = self.directory / "policy", [self.directory / unit for unit in self.units()]
         out.mkdir(exist_ok=True)
         # Agents of hidden states are for studies, which train without a job.
-        policies = [load_policy(part)[0] for part in parts]
+        policies = [self._trained(part) for part in parts]
         whole = Policy(replace(policies[0].shape, layers=sum(policy.shape.layers for policy in policies)))
         states = [policy.state_dict() for policy in policies]
         whole.load_state_dict({name: torch.cat([state[name] for state in states]) for name in states[0]})
@@ -88,6 +95,14 @@ class TrainingJob:
             curves.sort("step", "metric", "layer", "kv_head").write_parquet(temporary)
         save_policy(out, whole, dict(self.config))
         return out
+
+    def _trained(self, part: Path) -> Policy:
+        try:
+            return load_policy(part)[0]
+        except PipelineError:
+            # Not done after all: the next run trains it again.
+            remove(part / CONFIG_FILE)
+            raise
 
     def _blocks(self) -> list[tuple[int, ...]]:
         numbers = self.layer_numbers

@@ -20,8 +20,8 @@ CHECKPOINT_FILE = "checkpoint.safetensors"
 class Curves:
     """Per-head training curves in memory: (step, metric) -> (heads,) float32.
 
-    ``points`` are on the CPU; what was added since they were last asked for stays on its device, so that adding does
-    not wait for it.
+    ``points`` are on the CPU, and may be appended to; what was added since they were last asked for stays on its
+    device, so that adding does not wait for it.
     """
 
     def __init__(self, shape: PolicyShape, layer_numbers: tuple[int, ...]) -> None:
@@ -101,7 +101,7 @@ def resume(work: Path, policy: Policy, optimizer: torch.optim.AdamW, curves: Cur
                 state.setdefault(int(index), {})[field] = tensor
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
         for (step, metric), values in zip(json.loads(metadata["points"]), tensors["curves"], strict=True):
-            curves.add(step, metric, values)
+            curves.points.append((step, metric, values))  # on the CPU, where those to come may not be
         return int(metadata["step"])
     except (SafetensorError, RuntimeError, KeyError, ValueError, OSError) as error:
         raise PipelineError(f"{path} is damaged ({error}); delete it to train from the start.") from None

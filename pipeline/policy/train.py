@@ -197,6 +197,7 @@ def _normalise(policy: Policy, reader: ExampleReader) -> None:
         total = total + (count * states).sum(1, keepdim=True)
         squares = squares + (count * states.square()).sum(1, keepdim=True)
         tokens = tokens + count.sum(1, keepdim=True)
+    tokens = tokens.clamp_min(1)  # of a head no token may be known
     mean = total / tokens
     deviation = (squares / tokens - mean.square()).clamp_min(1e-12).sqrt()
     policy.mean.copy_(mean.float())

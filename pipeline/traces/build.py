@@ -3,6 +3,7 @@
 While the model reads a sequence, threads choose the tokens of the one before it, fetch, convert and write them.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +35,7 @@ from pipeline.traces.shards import (
 
 # Threads that write, and sequences that may wait for them: each is a whole cache in memory.
 _THREADS, _WAITING = 4, 1
+_local = threading.local()
 
 
 def build_traces(
@@ -125,8 +127,11 @@ class _Capture:
             while waiting:
                 _finish(waiting, advance)
         finally:
+            # All of them before any is waited for: after an error nothing more is to be written.
             for thread in threads:
-                thread.shutdown(cancel_futures=True)
+                thread.shutdown(wait=False, cancel_futures=True)
+            for thread in threads:
+                thread.shutdown()
 
     def _read(self, sample: Sample, sequence: int) -> "_Captured":
         tokens = len(sample.input_ids)
@@ -146,7 +151,7 @@ class _Capture:
         computed = None
         if self.model.device.type == "cuda":
             computed = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            computed.record()
+            computed.record(torch.cuda.current_stream(self.model.device))
         return _Captured(examples, cache, importance, computed)
 
     @torch.inference_mode()
@@ -156,7 +161,7 @@ class _Capture:
         assert states.keys is not None
         assert states.values is not None
         place, tokens = self.ranked.index(ModelLayer(layer)), self.params.tokens if self.split == "train" else None
-        with _stream(captured.computed):
+        with _stream(self.model.device, captured.computed):
             for info in captured.examples:
                 importance = captured.importance[info.cache_size][place]
                 draws = generator(self.params.seed, "tokens", info.sample_id, info.example, layer)
@@ -220,14 +225,15 @@ class _Captured:
 
 
 @contextmanager
-def _stream(computed: torch.cuda.Event | None) -> Iterator[None]:
-    """On a GPU, a stream of its own for what is copied while the model reads the next sequence."""
+def _stream(device: torch.device, computed: torch.cuda.Event | None) -> Iterator[None]:
+    """On a GPU, a stream of this thread's own for what is copied while the model reads the next sequence."""
     if computed is None:
         yield
         return
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_event(computed)
-    with torch.cuda.stream(stream):
+    if not hasattr(_local, "stream"):
+        _local.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    _local.stream.wait_event(computed)
+    with torch.cuda.stream(_local.stream):
         yield
 
 

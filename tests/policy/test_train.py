@@ -1,5 +1,6 @@
 """Training: the published schedule, per-agent clipping, learning, and resuming to the same bytes."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -393,3 +394,27 @@ def test_a_head_with_undefined_scores_costs_nan(traces: Path) -> None:
         policy.weights[-1][1] = torch.inf
     cost = validation_cost(policy, ExampleReader(traces, "validation", 0), "cpu")
     assert cost.isfinite().tolist() == [True, False, True, True]
+
+
+def test_curves_taken_up_again_lie_beside_those_of_another_device() -> None:
+    curves = Curves(PolicyShape(2, 2, 4, PARAMS.agent), (0, 1))
+    curves.points.append((0, "loss", torch.arange(4.0)))  # as a checkpoint gives them
+    curves.add(1, "loss", torch.zeros(4, device="meta"))
+    # Nothing can be fetched from this device; what there is on the CPU is not put together with it.
+    with pytest.raises(NotImplementedError, match="meta"):
+        _ = curves.points
+    assert curves._points[0][2].tolist() == [0, 1, 2, 3]
+
+
+def test_a_head_of_which_no_token_is_known_learns_nothing_and_is_finite(tmp_path: Path) -> None:
+    keys, values, importance = learnable(30, torch.Generator().manual_seed(0))
+    splits = {"train": [[(keys, values, importance)]], "validation": [[(keys, values, importance)]]}
+    write_traces(tmp_path, SHAPE, splits, tokens=None)
+    reader = ExampleReader(tmp_path, "train", 0)
+    example = reader.read(0)
+    nothing = dataclasses.replace(example, count=example.count * torch.tensor([[1.0], [0.0], [1.0], [1.0]]))
+    reader._memory[0], reader._cache_bytes = nothing, 1 << 30
+    policy = Policy(PolicyShape(2, 2, 4, PARAMS.agent), torch.Generator().manual_seed(0))
+    train._normalise(policy, reader)
+    assert policy.mean.isfinite().all()
+    assert policy.std.isfinite().all()
