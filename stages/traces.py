@@ -28,9 +28,10 @@ def main(
     params, dtype = read("traces", TracesParams), read_dtype(model)
     weights = _paths.model(model)
     samples = {split: _paths.samples(model, trained_on, split) for split in ("train", "validation")}
+    splits = [read_samples(path) for path in samples.values()]
     verdict = read_verdict(_paths.check(model), model, dtype)
-    for path in samples.values():
-        require_readable(verdict, read_samples(path))
+    for rows in splits:
+        require_readable(verdict, rows)
     code, identity = Code(__file__), {"traces": params, "dtype": dtype}
     work = work_directory(f"traces-{model}-{trained_on}", identity, [weights, *samples.values()], code)
     shape = TraceShape(model, trained_on, tuple(verdict.ranked_layers), verdict.kv_heads, verdict.head_dim)

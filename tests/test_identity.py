@@ -156,6 +156,11 @@ def test_nothing_is_due_after_a_run(project: Path) -> None:
         ("pipeline/policy/train.py", TRAIN),
         ("pipeline/policy/agents.py", CHECK | TRAIN | EVALUATE | TEXTS),
         ("pipeline/traces/capture.py", CHECK | TRACES | EVALUATE | TEXTS),
+        ("pipeline/traces/shards.py", TRACES | TRAIN),
+        ("pipeline/policy/batches.py", TRAIN),
+        ("pipeline/policy/job.py", TRAIN),
+        ("pipeline/executor/units.py", set()),
+        ("pipeline/executor/on_ray.py", set()),
         ("pipeline/evaluation/decode.py", CHECK | EVALUATE),
         ("pipeline/evaluation/score.py", SCORE),
         ("pipeline/evaluation/texts.py", TEXTS),
@@ -193,6 +198,10 @@ def more_rankings(tree: Any) -> None:
     tree["estimators"]["rloo"]["samples"] += 1
 
 
+def fewer_tokens(tree: Any) -> None:
+    tree["traces"]["tokens"] -= 1
+
+
 def smaller_rate(tree: Any) -> None:
     tree["train"]["learning_rate"] /= 2
 
@@ -221,6 +230,7 @@ def other_profile(tree: Any) -> None:
         (budgets_of_dialogues, {"sources", "results", "report"} | of("evaluate", "dialogues")),
         (title_of_ruler, {"sources", "results", "report"}),
         (more_rankings, RLOO),
+        (fewer_tokens, TRACES),
         (smaller_rate, TRAIN | {"report"}),
         (one_baseline_less, EVALUATE | TEXTS | {"results", "report"}),
         (other_pin, {"sources"}),

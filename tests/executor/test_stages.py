@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import subprocess
 from pathlib import Path
 
 import polars as pl
@@ -85,8 +86,7 @@ def test_an_evaluation_whose_machine_dies(
     behind = Behind(spread, folder / "doors", shut=("00002", "00003"), step=0)
     process = start(behind)
     until(lambda: len(behind.came()) == SAMPLES, "the last two samples", process)
-    machines.kill()
-    (folder / "doors/open").touch()
+    take_away(machines, behind, process)
     lines = finish(process)
     spread.gather()
     assert files(folder / "ray") == expected
@@ -170,12 +170,17 @@ def with_a_death(
     behind = Behind(spread, folder / "doors", shut=shut, step=step)
     process = start(behind)
     until(lambda: set(shut) <= set(behind.came()), "the last two units", process)
-    waiting = [process for unit in shut for process in behind.came()[unit]]
-    machines.kill()
-    # A worker outlives its machine for a moment, in which it might do all that is left.
-    until(lambda: not all(map(psutil.pid_exists, waiting)), "the end of a worker", process)
-    (folder / "doors/open").touch()
+    take_away(machines, behind, process)
     lines = finish(process)
     spread.gather()
     assert files(folder / "ray") == files(folder / "local")
     assert sum("a worker died in unit" in line for line in lines) == 1
+
+
+def take_away(machines: Machines, behind: Behind, process: "subprocess.Popen[str]") -> None:
+    """Kill a machine, and let the worker of the other one through its door."""
+    waiting = [worker for unit in behind.shut for worker in behind.came()[unit]]
+    machines.kill()
+    # A worker outlives its machine for a moment, in which it might do all that is left.
+    until(lambda: not all(map(psutil.pid_exists, waiting)), "the end of a worker", process)
+    (behind.doors / "open").touch()

@@ -246,7 +246,9 @@ def test_the_search_for_pickles_finds_them() -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_no_module_reads_pickles(path: Path) -> None:
-    assert unsafe(path.read_text()) == []
+    # What a stage's own process tells its workers of the job; Ray sends everything so. Nothing of a model or of data.
+    allowed = {"pickle"} if path == REPOSITORY / "pipeline/executor/on_ray.py" else set()
+    assert set(unsafe(path.read_text())) == allowed
 
 
 def test_every_model_is_loaded_from_safetensors() -> None:

@@ -68,8 +68,10 @@ def test_recorded_states_are_what_transformers_says_behind_the_norm(family: str,
 
 def test_keys_and_values_are_computed_from_them(make_model: MakeModel, directory: Path) -> None:
     model = make_model("llama")
-    hidden = HiddenReader(directory / "traces", directory / "hidden", "train", 0, [2]).read(5)
-    example = ExampleReader(directory / "traces", "train", 0, [2]).read(5)
+    reader = ExampleReader(directory / "traces", "train", 0, [2])
+    larger = next(index for index, info in enumerate(reader.examples) if info.cache_size > TRACES.cuts + 22)
+    hidden = HiddenReader(directory / "traces", directory / "hidden", "train", 0, [2]).read(larger)
+    example = reader.read(larger)
     for head in range(2):
         known = example.count[head] > 0
         states, values = hidden.keys[head][known].float(), example.values[head][known].float()
