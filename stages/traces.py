@@ -28,14 +28,15 @@ def main(
     params, dtype = read("traces", TracesParams), read_dtype(model)
     weights = _paths.model(model)
     samples = {split: _paths.samples(model, trained_on, split) for split in ("train", "validation")}
-    splits = [read_samples(path) for path in samples.values()]
+    splits = {split: read_samples(path) for split, path in samples.items()}
     verdict = read_verdict(_paths.check(model), model, dtype)
-    for rows in splits:
+    for rows in splits.values():
         require_readable(verdict, rows)
     code, identity = Code(__file__), {"traces": params, "dtype": dtype}
     work = work_directory(f"traces-{model}-{trained_on}", identity, [weights, *samples.values()], code)
     shape = TraceShape(model, trained_on, tuple(verdict.ranked_layers), verdict.kv_heads, verdict.head_dim)
-    job = TracesJob(f"traces {model} {trained_on}", work, code, device, shape, dtype, weights, samples, params)
+    counts = {split: len(rows) for split, rows in splits.items()}
+    job = TracesJob(f"traces {model} {trained_on}", work, code, device, shape, dtype, weights, samples, counts, params)
     run_job(job, who)
     publish(job.gather(), _paths.traces(model, trained_on))
 

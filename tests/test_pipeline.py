@@ -64,6 +64,14 @@ def stages_run(output: str) -> set[str]:
     return set(re.findall(r"Running stage '([^']+)'", output))
 
 
+def copy_tracked(directory: Path) -> None:
+    """The tracked files, as they are in this checkout."""
+    for name in call(REPOSITORY, "git", "ls-files", "-z").split("\0"):
+        if (REPOSITORY / name).is_file():
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, directory / name)
+
+
 def share_sources(directory: Path) -> None:
     """Let a copy of the project use what this checkout has fetched, and leave there what it fetches."""
     sources = REPOSITORY / ".cache/sources"
@@ -100,10 +108,7 @@ def forked(space: Path) -> Iterator[dict[str, str]]:
 def run(space: Path, forked: dict[str, str]) -> Run:
     """The tracked files with the ci profile, as a repository of their own, after ``dvc repro``."""
     directory = space / "run"
-    for name in call(REPOSITORY, "git", "ls-files", "-z").split("\0"):
-        if (REPOSITORY / name).is_file():
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(REPOSITORY / name, directory / name)
+    copy_tracked(directory)
     call(directory, sys.executable, "-m", "stages.profile", "ci")
     call(directory, "git", "init", "--quiet")
     call(directory, "git", "add", "--all")

@@ -25,8 +25,8 @@ class TracesJob:
     ----------
     weights
         Where the model lies.
-    samples
-        split -> where its samples lie.
+    samples, counts
+        split -> where its samples lie, and how many they are.
     """
 
     name: str
@@ -37,6 +37,7 @@ class TracesJob:
     dtype: str
     weights: Path
     samples: Mapping[str, Path]
+    counts: Mapping[str, int]
     params: TracesParams
 
     @property
@@ -49,7 +50,7 @@ class TracesJob:
         size = self.params.sequences_per_shard
         return {
             f"{split}-{shard:05d}": min(size, count - shard * size)
-            for split, count in self._counts().items()
+            for split, count in self.counts.items()
             for shard in range(-(-count // size))
         }
 
@@ -73,10 +74,6 @@ class TracesJob:
     def gather(self) -> Path:
         """The manifest of all shards; returns the directory of the traces."""
         size = self.params.sequences_per_shard
-        write_manifest(
-            self.directory, self.shape, {split: -(-count // size) for split, count in self._counts().items()}
-        )
+        shards = {split: -(-count // size) for split, count in self.counts.items()}
+        write_manifest(self.directory, self.shape, shards)
         return self.directory
-
-    def _counts(self) -> dict[str, int]:
-        return {split: len(read_samples(path)) for split, path in self.samples.items()}

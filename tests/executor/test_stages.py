@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import subprocess
 from pathlib import Path
 
 import polars as pl
@@ -77,26 +76,15 @@ def test_an_evaluation_whose_machine_dies(
         evaluation=EvaluationParams(budgets=(24, 48), n_sink=4, n_recent=16, seed=0),
         here=AtBenchmark(budgets=None, shorter="refuse"),
     )
-    run_units(job, job.units(), LOCAL, lambda count=1, status="": None)
-    job.gather()
-    expected = files(folder / "local")
-    assert len(expected) == 2 * SAMPLES + 2
-
-    spread = dataclasses.replace(job, directory=folder / "ray")
-    behind = Behind(spread, folder / "doors", shut=("00002", "00003"), step=0)
-    process = start(behind)
-    until(lambda: len(behind.came()) == SAMPLES, "the last two samples", process)
-    take_away(machines, behind, process)
-    lines = finish(process)
-    spread.gather()
-    assert files(folder / "ray") == expected
-    assert sum("a worker died in unit" in line for line in lines) == 1
+    behind = with_a_death(job, ("00002", "00003"), 0, machines, start, folder)
+    assert len(files(folder / "local")) == 2 * SAMPLES + 2
     assert sorted(map(len, behind.came().values())) == [1, 1, 1, 2]
 
 
 def test_a_capture_whose_machine_dies(make_model: MakeModel, machines: Machines, start: Start, folder: Path) -> None:
     write_model(folder, make_model)
-    for split, count in (("train", 3), ("validation", 1)):
+    counts = {"train": 3, "validation": 1}
+    for split, count in counts.items():
         write_samples(folder / f"{split}.parquet", [sample(number, split) for number in range(count)])
     job = TracesJob(
         name="traces tiny ruler",
@@ -106,7 +94,8 @@ def test_a_capture_whose_machine_dies(make_model: MakeModel, machines: Machines,
         shape=TraceShape("tiny", "ruler", (0, 1, 2), kv_heads=2, head_dim=16),
         dtype="float32",
         weights=folder / "model",
-        samples={split: folder / f"{split}.parquet" for split in ("train", "validation")},
+        samples={split: folder / f"{split}.parquet" for split in counts},
+        counts=counts,
         params=TracesParams(cuts=2, at_prompt_end=0.5, tokens=20, sequences_per_shard=1, seed=0),
     )
     assert list(job.units()) == ["train-00000", "train-00001", "train-00002", "validation-00000"]
@@ -161,8 +150,13 @@ def test_a_training_whose_machine_dies(estimator: Estimator, machines: Machines,
 
 
 def with_a_death(
-    job: TracesJob | TrainingJob, shut: tuple[str, ...], step: int, machines: Machines, start: Start, folder: Path
-) -> None:
+    job: SweepJob | TracesJob | TrainingJob,
+    shut: tuple[str, ...],
+    step: int,
+    machines: Machines,
+    start: Start,
+    folder: Path,
+) -> Behind:
     """Do a job here, and on two machines of which one is taken away in a unit: the same files."""
     run_units(job, job.units(), LOCAL, lambda count=1, status="": None)
     job.gather()
@@ -170,17 +164,13 @@ def with_a_death(
     behind = Behind(spread, folder / "doors", shut=shut, step=step)
     process = start(behind)
     until(lambda: set(shut) <= set(behind.came()), "the last two units", process)
-    take_away(machines, behind, process)
+    waiting = [worker for unit in shut for worker in behind.came()[unit]]
+    machines.kill()
+    # A worker outlives its machine for a moment, in which it might do all that is left.
+    until(lambda: not all(map(psutil.pid_exists, waiting)), "the end of a worker", process)
+    (folder / "doors/open").touch()
     lines = finish(process)
     spread.gather()
     assert files(folder / "ray") == files(folder / "local")
     assert sum("a worker died in unit" in line for line in lines) == 1
-
-
-def take_away(machines: Machines, behind: Behind, process: "subprocess.Popen[str]") -> None:
-    """Kill a machine, and let the worker of the other one through its door."""
-    waiting = [worker for unit in behind.shut for worker in behind.came()[unit]]
-    machines.kill()
-    # A worker outlives its machine for a moment, in which it might do all that is left.
-    until(lambda: not all(map(psutil.pid_exists, waiting)), "the end of a worker", process)
-    (behind.doors / "open").touch()
+    return behind

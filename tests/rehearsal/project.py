@@ -1,7 +1,6 @@
 """A copy of the project with a profile of its own, smaller, whose hub is on this computer."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from ruamel.yaml import YAML
 from pipeline.profiles import render
 from pipeline.section import parse_text
 from tests.rehearsal import data_sets, hub, models
-from tests.test_pipeline import ENVIRONMENT, REPOSITORY, call
+from tests.test_pipeline import ENVIRONMENT, REPOSITORY, call, copy_tracked
 
 Section = dict[str, Any]
 # Of the text, what a tokenizer is learned from.
@@ -54,10 +53,7 @@ def fill_hub(params: Section, root: Path, essays: Path) -> None:
 
 def make_project(directory: Path, params: Section) -> None:
     """The tracked files and ``params`` in a checkout of its own, with the wheels that this one has fetched."""
-    for name in call(REPOSITORY, "git", "ls-files", "-z").split("\0"):
-        if (REPOSITORY / name).is_file():
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(REPOSITORY / name, directory / name)
+    copy_tracked(directory)
     write_params(directory, params)
     call(directory, "git", "init", "--quiet")
     call(directory, "git", "add", "--all")

@@ -11,7 +11,7 @@ from pipeline.closure import closure
 from pipeline.params import load_params
 from stages import _paths as stage_paths
 from studies import _paths
-from tests.test_pipeline import REPOSITORY, call
+from tests.test_pipeline import REPOSITORY, call, copy_tracked
 
 STAGES: dict[str, dict[str, Any]] = YAML(typ="safe").load((REPOSITORY / "studies/dvc.yaml").read_text())["stages"]
 CODE = ("../pipeline/", "../stages/", "../studies/")
@@ -35,10 +35,7 @@ def of_matrix() -> set[str]:
 def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tracked files, as a repository of their own in which nothing has run."""
     directory = tmp_path_factory.mktemp("copy")
-    for name in call(REPOSITORY, "git", "ls-files", "-z").split("\0"):
-        if (REPOSITORY / name).is_file():
-            (directory / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(REPOSITORY / name, directory / name)
+    copy_tracked(directory)
     call(directory, "git", "init", "--quiet")
     call(directory, "git", "add", "--all")
     return directory
