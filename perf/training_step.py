@@ -48,7 +48,7 @@ class Loop:
             inputs = self.policy.inputs(batch.tokens[heads], heads)[0]  # (n, inputs)
             optimizer.zero_grad()
             target = batch.target[heads]
-            scores = agent(inputs).T.view_as(target.importance)
+            scores = batch.placed(agent(inputs).T, heads)
             estimator.loss(scores, target, batch.uniform[:, heads]).mean().backward()
             nn.utils.clip_grad_norm_(agent.parameters(), 5.0)
             optimizer.step()

@@ -140,7 +140,7 @@ class Benchmark(Section, ABC):
     templated: ClassVar[bool] = True
     """Whether its prompts go through the model's chat template."""
     piece_seconds: ClassVar[float] = 0.0
-    """Time that each of :meth:`pieces` takes, whatever its tokens."""
+    """Time that each of :meth:`pieces` takes on one core, whatever its tokens."""
     assumed: ClassVar[str] = "their length, which is that of the rows of the source, is a guess"
     """What :meth:`expected` takes for granted."""
 
@@ -172,6 +172,10 @@ class Benchmark(Section, ABC):
     def pieces(self) -> int:
         """How often ``progress`` is called while samples are made."""
         return len(self.sizes.splits)
+
+    def share(self, cores: int) -> float:
+        """Of the time in which one core makes its samples, what it takes with so many."""
+        return 1.0
 
     def expected(self) -> list[SampleGroup]:
         """How many samples there will be, and how long."""

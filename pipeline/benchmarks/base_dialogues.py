@@ -1,16 +1,22 @@
 """What benchmarks of composed dialogues share: all about as long, the last reply to be predicted."""
 
-import itertools
+import functools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar, TypeVar
 
 from pipeline.benchmarks.base import AllSizes, Answer, Benchmark, Making, SampleGroup
 from pipeline.errors import PipelineError
+from pipeline.executor.place import threads
 from pipeline.samples.sample import SPLITS, Sample, Split
 from pipeline.section import PositiveInt
 
-Candidate = TypeVar("Candidate")
+Candidate, Result = TypeVar("Candidate"), TypeVar("Result")
+# Share of the time in which a thread keeps the others waiting, on two cores.
+_SERIAL = 0.15
+# Candidates of each thread before it is looked whether there are enough.
+_PER_THREAD = 8
 
 
 class ComposedDialogues(Benchmark):
@@ -29,6 +35,10 @@ class ComposedDialogues(Benchmark):
     def tokens(self) -> int:
         """The length that dialogues are composed to."""
         return self.length
+
+    def share(self, cores: int) -> float:
+        """All but what the tokenizer lets no other thread do."""
+        return _SERIAL + (1 - _SERIAL) / cores
 
     def expected(self) -> list[SampleGroup]:
         """Full dialogues, with replies of half the most that they may have."""
@@ -61,10 +71,28 @@ class ComposedDialogues(Benchmark):
             own = [candidate for candidate in candidates if split_of(candidate) == split]
             random.Random(f"{self.seed} {split}").shuffle(own)
             wanted = self.sizes.of(split)
-            made = (sample for candidate in own if (sample := compose(split, own, candidate)) is not None)
-            samples[split] = list(itertools.islice(made, wanted))
+            samples[split] = _first(wanted, own, functools.partial(compose, split, own))
             if (found := len(samples[split])) < wanted:
                 told = self.too_few.format(found=found, wanted=wanted, split=split, length=self.length)
                 raise PipelineError(f"benchmarks.{making.name}: {told}")
             making.progress(split)
         return samples
+
+
+def in_threads(of: Callable[[Candidate], Result], candidates: Sequence[Candidate]) -> Iterator[Result]:
+    """What is found of each candidate; nearly all of the time goes into the tokenizer, which lets other threads run."""
+    with ThreadPoolExecutor(threads()) as pool:
+        yield from pool.map(of, candidates)
+
+
+def _first(wanted: int, candidates: Sequence[Candidate], compose: Callable[[Candidate], Sample | None]) -> list[Sample]:
+    """The first so many samples that can be made, in the order of their candidates; fewer where there are no more."""
+    samples: list[Sample] = []
+    step = threads() * _PER_THREAD
+    for start in range(0, len(candidates), step):
+        for sample in in_threads(compose, candidates[start : start + step]):
+            if sample is not None:
+                samples.append(sample)
+            if len(samples) == wanted:
+                return samples
+    return samples

@@ -18,7 +18,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from pipeline.benchmarks.base import AllSizes, Making
-from pipeline.benchmarks.base_dialogues import ComposedDialogues
+from pipeline.benchmarks.base_dialogues import ComposedDialogues, in_threads
 from pipeline.errors import PipelineError
 from pipeline.samples.rows import (
     Flag,
@@ -102,7 +102,8 @@ class Oasst(ComposedDialogues):
         """
         composer = _Composer(self, making.tokenizer, end_of_turn(making.model, making.tokenizer))
         threads = english_threads(read_messages(making.sources["source"]))
-        fitting = {thread.tree for thread in threads if composer.fits(thread)}
+        fits = in_threads(composer.fits, threads)
+        fitting = {thread.tree for thread, does in zip(threads, fits, strict=True) if does}
         split_of = assign_trees(threads, fitting, self.sizes, self.seed)
 
         def compose(split: Split, own: Sequence[Thread], thread: Thread) -> Sample | None:

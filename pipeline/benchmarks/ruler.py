@@ -1,6 +1,7 @@
 """RULER, made by NVIDIA's own generator (``pipeline/ruler``): needles, variables, words and questions in a haystack."""
 
 import json
+import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -38,7 +39,7 @@ class Ruler(Benchmark):
     """
 
     trainable: ClassVar[bool] = True
-    piece_seconds: ClassVar[float] = 1.5
+    piece_seconds: ClassVar[float] = 3.0
     assumed: ClassVar[str] = (
         f"{SLACK} tokens shorter than their length, as measured at 1,024 (at 4,096: 170 to 290, but 1,100 of qa_2, "
         "which runs out of documents)"
@@ -85,6 +86,10 @@ class Ruler(Benchmark):
     def pieces(self) -> int:
         """Tasks of all splits."""
         return len(self.sizes.splits) * len(self.tasks)
+
+    def share(self, cores: int) -> float:
+        """Whole tasks."""
+        return math.ceil(len(self.tasks) / cores) / len(self.tasks)
 
     def expected(self) -> list[SampleGroup]:
         """A group of tasks for each length."""

@@ -32,6 +32,8 @@ class Device:
         Bytes/s at which DVC checksums an output and copies it into its cache.
     start
         Seconds before a stage works: DVC, imports, checksums of its inputs.
+    cores
+        Of the host, for each device.
     """
 
     result: str
@@ -44,6 +46,7 @@ class Device:
     read: float
     commit: float
     start: float
+    cores: int
 
 
 _TWO_CORES = "measured on two cores of an AMD EPYC with AVX-512"
@@ -73,6 +76,7 @@ DEVICES = {
         read=900e6,
         commit=280e6,
         start=12.0,
+        cores=2,
     ),
     "h100": Device(
         result="h100",
@@ -93,6 +97,7 @@ DEVICES = {
         read=900e6,
         commit=280e6,
         start=12.0,
+        cores=16,
     ),
 }
 
@@ -117,7 +122,7 @@ def measured(device: Device, results: Path) -> Device:
     flops = {dtype: rates.get(f"flops.{dtype}", rate) for dtype, rate in device.flops.items()}
     known = {name: rates.get(name, getattr(device, name)) for name in ("memory", "kernel", "write", "read", "commit")}
     origins = dict.fromkeys(rates, f"measured on {processor} by perf/rates.py ({path.name})")
-    return Device(device.result, device.origins | origins, device.accelerator, flops, start=device.start, **known)
+    return replace(device, origins=device.origins | origins, flops=flops, **known)
 
 
 @dataclass(frozen=True)

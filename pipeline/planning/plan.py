@@ -69,12 +69,13 @@ def make_plan(params: "Params", device: str, models: Path, results: Path, device
     assumptions = [
         "Stages run one after the other. Time to download, and what downloads leave under .cache, is not counted; nor "
         "are results and report, about a minute.",
+        f"The host has {found.cores * devices} cores, over which RULER's samples are divided by tasks, and dialogues.",
     ]
     if devices > 1:
         assumptions.append(
             f"The executor divides over {devices} devices: traces by shards of sequences, training by layers, "
-            "evaluation by samples, RULER's and LongBench's samples by tasks (on cores of the host, one for each "
-            "device). The slowest has the units that do not divide evenly. Other stages, and DVC, run on one."
+            "evaluation by samples. The slowest has the units that do not divide evenly. Other stages, and DVC, run on "
+            "one."
         )
     stages: list[StageCost] = []
     for model_name in params.matrix.model:

@@ -7,7 +7,7 @@ a device (``devices.py``).
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pipeline.benchmarks.base import SampleGroup
@@ -27,6 +27,7 @@ from pipeline.planning.counts import (
 from pipeline.planning.devices import Device, Work
 from pipeline.planning.shapes import ModelShape
 from pipeline.policy.agents import AgentParams, PolicyShape
+from pipeline.policy.job import LAYERS_PER_UNIT
 
 if TYPE_CHECKING:
     from pipeline.params import Params
@@ -35,14 +36,14 @@ _ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What the train stage keeps of decoded traces for each of its two splits (KVP_CACHE_GB at its default), and how many
 # batches it reads ahead.
 TRACE_CACHE_BYTES, _READ_AHEAD = 3e9, 5
-# How much longer than the mean the longest of an example's heads is.
-_FILLED_UP = 1.25
+# How much longer than the mean the longest of an example's heads is, and of those of a step.
+_FILLED_UP, _FULLEST = 1.25, 1.1
 # A process with torch, transformers and kvpress loaded.
 _PROCESS_BYTES = 0.8e9
 
 # The share of max_new_tokens that a row of the sweep generates on average, as measured on the default profile.
 GENERATED_SHARE = 0.54
-# Seconds until samples can be tokenised, and per thousand tokens of them.
+# Seconds until samples can be tokenised, and on one core per thousand tokens of them.
 _TOKENIZER_START, _KILOTOKEN = 6, 0.03
 # Bytes of compressed Parquet per token of a sample, point of a training curve, cost curve, and rank of a text's token;
 # per answer of the sweep, likelihood and token of a text in it; and per judged answer.
@@ -171,17 +172,17 @@ class _Model:
         units: int = 1,
         together: bool = False,
     ) -> StageCost:
-        """``together``: each of the units takes part in every operation, as a block of agents does in a step."""
+        """``together``: each of the units takes part in every operation of the work, as agents do in a step."""
         device, dtype = self.device, self.params.models[self.name].dtype
         # The devices that have most to do work off whole units, and a process of each holds what one alone would.
         used = min(self.devices, units)
-        share = math.ceil(units / used) / units
-        work_share = self.queued(work.shared(share)) if together else work * share
+        rounds = math.ceil(units / used)
+        work_share = self.queued(work.shared(1 / units)) * rounds if together else work * (rounds / units)
         host_memory = (host_memory + _PROCESS_BYTES) * used
         return StageCost(
             stage,
             f"{self.name} {entry}".strip(),
-            device.start + host_seconds * share + work_share.seconds(device, dtype) + disk / device.commit,
+            device.start + host_seconds + work_share.seconds(device, dtype) + disk / device.commit,
             disk,
             device_memory if device.accelerator else 0.0,
             host_memory if device.accelerator else host_memory + device_memory,
@@ -211,9 +212,9 @@ class _Model:
     def samples(self, benchmark: str) -> StageCost:
         params = self.params.benchmarks[benchmark].samples
         tokens = sum(group.tokens * (group.train + group.validation + group.test) for group in self.groups(benchmark))
-        seconds = _TOKENIZER_START + params.piece_seconds * params.pieces() + _KILOTOKEN * tokens / 1000
-        units = max(1, len(params.tasks_of))
-        return self.cost("samples", benchmark, Work(), _SAMPLE_BYTES * tokens, 0, {}, host_seconds=seconds, units=units)
+        seconds = params.piece_seconds * params.pieces() + _KILOTOKEN * tokens / 1000
+        seconds = _TOKENIZER_START + seconds * params.share(self.device.cores * self.devices)
+        return self.cost("samples", benchmark, Work(), _SAMPLE_BYTES * tokens, 0, {}, host_seconds=seconds)
 
     def traces(self, trained_on: str) -> StageCost:
         params, work, tokens = self.params.traces, Work(), 0
@@ -254,12 +255,14 @@ class _Model:
     def train(self, trained_on: str, estimator: str) -> StageCost:
         params, policy, groups = self.params.train, self.policy, self.groups(trained_on)
         validations = 1 + -(-params.steps // params.validate_every)
+        units = math.ceil(self.shape.ranked_layers / LAYERS_PER_UNIT)
         work, kept = Work(), 0.0
         for split in ("train", "validation"):
             counts = [(group, *self.cuts(group, split), getattr(group, split)) for group in groups]
             examples = sum(cuts * sequences for _, cuts, _, _, sequences in counts)
+            # Of the layers of a unit, as everything that lies in memory.
             decoded = sum(
-                cuts * sequences * _FILLED_UP * decoded_bytes(self.shape, known)
+                cuts * sequences * _FILLED_UP * decoded_bytes(self.shape, known) / units
                 for _, cuts, _, known, sequences in counts
             )
             fits = min(1.0, TRACE_CACHE_BYTES / decoded)
@@ -267,7 +270,7 @@ class _Model:
             if split == "train":
                 # Drawn at random: what is in memory is hit in proportion, and what was never drawn is never read.
                 drawn = params.steps * params.batch_size / examples
-                reads = min(1.0, drawn) if fits == 1 else drawn
+                reads = fits * min(1.0, drawn) + (1 - fits) * drawn
             else:
                 # Read in turn: a memory that drops the least recently used and lacks one sequence never hits.
                 reads = 1.0 if fits == 1.0 else float(validations)
@@ -275,16 +278,17 @@ class _Model:
                 work += Work(read=self.trace_bytes(group, split)) * (sequences * reads)
                 if split == "train":
                     made = self.params.estimators[estimator]
-                    step = step_work(policy, made, params.batch_size, _FILLED_UP * known, self.device.accelerator)
+                    step = step_work(policy, made, params.batch_size, _FULLEST * known, self.device.accelerator)
                     work += step * (params.steps * cuts * sequences / examples)
                 else:
                     work += score_work(policy, known) * (sequences * validations)
-        longest = max(self.cuts(group, "train")[2] for group in groups) * _FILLED_UP
+        longest = max(self.cuts(group, "train")[2] for group in groups)
         made = self.params.estimators[estimator]
-        parts = step_memory(policy, made, params.batch_size, round(longest), self.device.accelerator)
+        some = replace(policy, layers=min(LAYERS_PER_UNIT, policy.layers))
+        parts = step_memory(some, made, params.batch_size, round(_FULLEST * longest), self.device.accelerator)
         disk = policy_bytes(policy) + _POINT_BYTES * policy.heads * (2 * params.steps + validations)
-        host = kept + _READ_AHEAD * params.batch_size * decoded_bytes(self.shape, longest)
-        entry, peak, units = f"{trained_on} {estimator}", sum(parts.values()), self.shape.ranked_layers
+        host = kept + _READ_AHEAD * params.batch_size * decoded_bytes(self.shape, _FILLED_UP * longest) / units
+        entry, peak = f"{trained_on} {estimator}", sum(parts.values())
         return self.cost("train", entry, work, disk, host, {**parts}, peak, units=units, together=True)
 
     def evaluate(self, benchmark: str) -> StageCost:

@@ -160,7 +160,7 @@ class Policy(nn.Module):
     def _at_once(self, others: int) -> int:
         """How many heads of ``others`` tokens, or tokens of ``others`` heads, are computed at once."""
         limit = UNITS_PER_BLOCK.get(self.mean.device.type, 1 << 24)
-        return max(1, limit // (others * self.shape.agent.hidden_width))
+        return max(1, limit // max(1, others * self.shape.agent.hidden_width))
 
     def states(self, tokens: CachedTokens) -> Tensor:
         """What is to be normalised, as it is: (heads, n, channels)."""

@@ -23,21 +23,30 @@ _AHEAD = 4
 
 @dataclass(frozen=True)
 class Batch:
-    """B examples with m tokens each, for all heads; those with fewer are filled up.
+    """B examples, for all heads.
 
     Attributes
     ----------
     tokens
-        (heads, B * m) of them: agents see no difference between examples.
+        (heads, t): of each head the known tokens of all examples, one after the other, as agents see no difference
+        between examples. Heads with fewer than t are filled up.
+    places
+        (heads, t) int64: where in the (B, m) of the target each token is; no place twice.
     target
-        (heads, B, m).
+        (heads, B, m); an example with fewer than m known tokens is filled up with such that count nothing.
     uniform
         (rankings, heads, B, m) in [0, 1), see :meth:`Estimator.loss`.
     """
 
     tokens: CachedTokens
+    places: Tensor
     target: Target
     uniform: Tensor
+
+    def placed(self, scores: Tensor, heads: slice) -> Tensor:
+        """Scores of the tokens of some heads, (heads, t), where the target has the tokens: (heads, B, m), others 0."""
+        like = self.target.importance[heads]
+        return scores.new_zeros(len(like), like[0].numel()).scatter(1, self.places[heads], scores).view_as(like)
 
 
 def draw_examples(count: int, batch_size: int, seed: int, step: int) -> list[int]:
@@ -46,26 +55,44 @@ def draw_examples(count: int, batch_size: int, seed: int, step: int) -> list[int
 
 
 def make_batch(examples: Sequence[RankingExample], rankings: int, draws: torch.Generator, device: str) -> Batch:
-    """Bring examples to one length and to the device; ``draws`` makes what ``rankings`` are drawn with."""
-    width = max(1, *(example.keys.shape[1] for example in examples))
+    """Put examples side by side on the device; ``draws`` makes what ``rankings`` are drawn with."""
+    sizes = [example.keys.shape[1] for example in examples]
+    heads, width = len(examples[0].keys), max(1, *sizes)
 
-    def together(name: str) -> Tensor:
-        """(heads, B, width, ...)."""
-        found: list[Tensor] = [getattr(example, name) for example in examples]
-        filled = found[0].new_zeros(found[0].shape[0], len(found), width, *found[0].shape[2:])
-        for place, states in enumerate(found):
-            filled[:, place, : states.shape[1]] = states
-        return filled
+    def filled(name: str) -> Tensor:
+        """(heads, B, width)."""
+        states = torch.zeros(heads, len(examples), width)
+        for place, example in enumerate(examples):
+            states[:, place, : sizes[place]] = getattr(example, name)
+        return states
 
-    keys, values, positions, importance, count = map(together, ("keys", "values", "positions", "importance", "count"))
-    sizes = torch.tensor([example.cache_size for example in examples], dtype=torch.int32).repeat_interleave(width)
+    importance, count = filled("importance"), filled("count")
     best = torch.stack([example.best_cost for example in examples], dim=1)
     # Drawn on the CPU, because a GPU's generators draw other numbers.
     uniform = torch.rand(rankings, *importance.shape, generator=draws)
-    flat = (states.flatten(1, 2) for states in (keys, values, positions))
-    tokens = CachedTokens(*(_moved(states, device) for states in (*flat, sizes[None])))
-    target = Target(*(_moved(states, device) for states in (importance * count, count, best)))
-    return Batch(tokens, target, _moved(uniform, device))
+
+    # Of all examples together the heads know nearly equally many tokens, of each alone they do not: agents, whose
+    # products are most of a step, get what is known, and as little else as is needed to give all heads one length.
+    known = torch.cat([example.count > 0 for example in examples], dim=1)
+    chosen = (~known).byte().argsort(dim=1, stable=True)[:, : int(known.sum(1).max())]
+    rows = torch.arange(heads)[:, None]
+
+    def of_chosen(name: str) -> Tensor:
+        """(heads, t, ...)."""
+        return torch.cat([getattr(example, name) for example in examples], dim=1)[rows, chosen]
+
+    places = torch.cat([place * width + torch.arange(size) for place, size in enumerate(sizes)])
+    cache_sizes = torch.tensor([example.cache_size for example in examples], dtype=torch.int32)
+    tokens = CachedTokens(
+        *map(of_chosen, ("keys", "values", "positions")), cache_sizes.repeat_interleave(torch.tensor(sizes))[chosen]
+    )
+    target = Target(importance * count, count, best)
+    return Batch(
+        CachedTokens(*(_moved(states, device) for states in vars(tokens).values())),
+        _moved(places[chosen], device),
+        Target(*(_moved(states, device) for states in vars(target).values())),
+        _moved(uniform, device),
+    )
 
 
 def read_batches(

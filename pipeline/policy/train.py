@@ -136,7 +136,7 @@ def compute_gradients(policy: Policy, batch: Batch, estimator: Estimator) -> Ten
         leaves = [parameter.detach()[heads].requires_grad_() for parameter in parameters]
         weights, biases = leaves[: len(policy.weights)], leaves[len(policy.weights) :]
         target = batch.target[heads]
-        scores = run_agents(weights, biases, policy.inputs(batch.tokens[heads], heads)).view_as(target.importance)
+        scores = batch.placed(run_agents(weights, biases, policy.inputs(batch.tokens[heads], heads)), heads)
         loss = estimator.loss(scores, target, batch.uniform[:, heads]).mean(-1)
         # The gradient of the sum is each agent's own gradient.
         gradients = torch.autograd.grad(loss.sum(), leaves)

@@ -65,7 +65,8 @@ def test_trace_files_are_as_large_as_counted(head_dim: int, size: int, tokens: i
     reader = ExampleReader(tmp_path, "train", cache_bytes=0)
     known = sum(int((reader.read(index).count > 0).sum()) for index in range(8)) / (8 * shape.heads)
     assert known == pytest.approx(tokens or size, rel=0.05)  # of each token it is drawn whether it is kept
-    assert 8 * example_bytes(shape, size, known) == pytest.approx(written, rel=0.01)
+    # How much a compressor takes off depends on the numbers: off these, up to a twelfth more than was seen.
+    assert written <= 8 * example_bytes(shape, size, known) <= 1.12 * written
 
 
 def test_decoded_examples_are_as_large_as_counted(tmp_path: Path) -> None:

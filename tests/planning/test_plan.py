@@ -126,22 +126,21 @@ def test_devices_share_whole_units(tmp_path: Path) -> None:
     alone, shared, most = (seconds(devices) for devices in (1, 8, 10_000))
     plan = make_plan(read_profile("paper-qwen2.5-7b"), "h100", tmp_path, tmp_path)
     units = {f"{stage.stage} {stage.entry}": stage.units for stage in plan.stages}
-    # 13 tasks of 460, 8 and 100 samples, 16 sequences in a shard; 28 layers.
+    # 13 tasks of 460, 8 and 100 samples, 16 sequences in a shard; 28 layers, 4 in a unit.
     assert units["traces qwen2-5-7b ruler"] == 374 + 7
-    assert units["train qwen2-5-7b ruler exact"] == 28
+    assert units["train qwen2-5-7b ruler exact"] == 7
     assert units["evaluate qwen2-5-7b ruler"] == 1300
-    assert units["samples qwen2-5-7b ruler"] == 13
     serial = {f"{stage.stage} {stage.entry}": DEVICES["h100"].start + stage.commit for stage in plan.stages}
     for name, count in units.items():
         start = serial[name]
         assert most[name] <= shared[name] <= alone[name]
-        if count == 1:
+        if name.startswith("samples"):  # over the cores of the host
+            assert shared[name] < alone[name] or not name.endswith("oasst2")
+        elif count == 1:
             assert shared[name] == alone[name]
-        elif not name.startswith("train"):
+        else:
             share = -(-count // 8) / count
             assert shared[name] - start == pytest.approx(share * (alone[name] - start))
-    # As many operations are started for four layers as for all.
-    assert shared["train qwen2-5-7b ruler exact"] > alone["train qwen2-5-7b ruler exact"] * 4 / 28
 
 
 def test_no_device_is_one_sentence(tmp_path: Path) -> None:

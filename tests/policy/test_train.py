@@ -153,7 +153,8 @@ def test_a_step_never_looks_at_what_an_accelerator_computes(
     numbers = torch.empty(4, 60, dtype=torch.int32, device="meta")
     known = torch.empty(4, 2, 30, device="meta")
     batch = Batch(
-        CachedTokens(states, states, numbers, numbers[:1]),
+        CachedTokens(states, states, numbers, numbers),
+        numbers.long(),
         Target(known, known, known[..., 0]),
         torch.empty(estimator.rankings, 4, 2, 30, device="meta"),
     )
@@ -180,7 +181,7 @@ def test_gradients_do_not_depend_on_how_heads_are_split(
     tokens = batch.tokens.keys.shape[1]
     weights, biases = list(policy.weights), list(policy.biases)
     scores = agents.run_agents(weights, biases, policy.inputs(batch.tokens, slice(None)))
-    whole = estimator.loss(scores.view_as(batch.target.count), batch.target, batch.uniform).mean(-1)
+    whole = estimator.loss(batch.placed(scores, slice(None)), batch.target, batch.uniform).mean(-1)
     expected = torch.autograd.grad(whole.sum(), list(policy.parameters()))
     for heads in (1, 3, 4):
         monkeypatch.setattr(agents, "UNITS_PER_BLOCK", {"cpu": heads * tokens * PARAMS.agent.hidden_width})
@@ -202,6 +203,16 @@ def test_a_step_over_several_examples_is_the_mean_of_steps_over_each(traces: Pat
     torch.testing.assert_close(together, torch.stack(losses).mean(0))
     for parameter, *parts in zip(policy.parameters(), *gradients, strict=True):
         torch.testing.assert_close(parameter.grad, torch.stack(parts).mean(0))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda estimator: estimator.name)
+def test_nothing_is_learned_where_no_token_is_known(traces: Path, estimator: Estimator) -> None:
+    example = ExampleReader(traces, "train", 0).read(0)
+    nothing = {name: states[:, :0] for name, states in vars(example).items() if name not in ("cache_size", "best_cost")}
+    policy = Policy(PolicyShape(2, 2, 4, PARAMS.agent), torch.Generator().manual_seed(0))
+    batch = make_batch([dataclasses.replace(example, **nothing)], estimator.rankings, draws_of(0), "cpu")
+    assert not train.compute_gradients(policy, batch, estimator).any()
+    assert not any(parameter.grad.any() for parameter in policy.parameters() if parameter.grad is not None)
 
 
 def test_full_traces_train_like_an_independent_loop_over_all_tokens(traces: Path, tmp_path: Path) -> None:
