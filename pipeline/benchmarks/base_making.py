@@ -33,7 +33,7 @@ def make_samples(
         A text is longer than the model's window, a source cannot be had or does not suffice, or the model's
         tokenizer or chat template is none that prompts can be made with.
     """
-    from pipeline.models.load import load_tokenizer
+    from pipeline.models.tokenizer import load_tokenizer
     from pipeline.samples.template import template_settings
 
     key = f"benchmarks.{name}.samples"

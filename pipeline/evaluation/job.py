@@ -15,7 +15,8 @@ from pipeline.eviction.budget import AtBenchmark, EvaluationParams
 from pipeline.eviction.rankers import make_rankers
 from pipeline.executor.place import model_memory
 from pipeline.executor.units import Advance
-from pipeline.models.load import load_model, load_tokenizer
+from pipeline.models.load import load_model
+from pipeline.models.tokenizer import load_tokenizer
 from pipeline.policy.agents import load_policy
 from pipeline.samples.sample import Sample, read_samples
 from pipeline.tables import PolicyKey

@@ -48,7 +48,7 @@ def longer_samples(
     PipelineError
         The model reads no such length, or as for :func:`build_longer`.
     """
-    from pipeline.models.load import load_tokenizer
+    from pipeline.models.tokenizer import load_tokenizer
 
     finished = work / "validation.parquet"
     if not finished.is_file():

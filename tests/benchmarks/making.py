@@ -10,7 +10,7 @@ import polars as pl
 
 from pipeline.benchmarks.base import BENCHMARKS, Benchmark, Making
 from pipeline.benchmarks.base_choice import MultipleChoice, Question
-from pipeline.models.load import load_tokenizer
+from pipeline.models.tokenizer import load_tokenizer
 from pipeline.samples.rows import Row
 from pipeline.samples.sample import Sample, Split
 

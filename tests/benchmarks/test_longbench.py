@@ -13,7 +13,7 @@ from pipeline.benchmarks.base import Answer, read_benchmark
 from pipeline.benchmarks.longbench import _METRICS, TASKS, LongBench, read_documents
 from pipeline.errors import PipelineError
 from pipeline.metrics import METRICS
-from pipeline.models.load import load_tokenizer
+from pipeline.models.tokenizer import load_tokenizer
 from pipeline.samples.sample import Sample
 from tests.benchmarks.making import build, tokenizer_of, write
 from tests.samples import tokenizers as tiny
