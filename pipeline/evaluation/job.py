@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from pipeline.closure import Code
 from pipeline.evaluation.answers import answer_table, cost_table
@@ -35,6 +36,8 @@ class SweepJob:
     policies
         Where each lies.
     """
+
+    together: ClassVar[int] = 1
 
     name: str
     directory: Path
