@@ -33,7 +33,8 @@ from pipeline.evaluation.sweep import Sweep
 from pipeline.eviction.baselines.base import OBSERVED_QUERIES, Baseline, LayerCache
 from pipeline.eviction.budget import EvaluationParams, gather_tokens, kept_tokens, protected_ranking
 from pipeline.eviction.rankers import make_rankers
-from pipeline.models.load import head_shape, load_tokenizer
+from pipeline.models.load import head_shape
+from pipeline.models.tokenizer import load_tokenizer
 from pipeline.policy.agents import AgentParams, Policy, PolicyShape
 from pipeline.samples.sample import Sample
 from pipeline.section import read

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,16 +74,24 @@ def repository_root() -> Path:
     return Path(os.environ.get("DVC_ROOT") or Path.cwd()).resolve()
 
 
+def temporary_name(path: Path) -> Path:
+    """A new name beside ``path`` for what is on its way there; ``pipeline/work.py`` removes what is left of it.
+
+    Drawn, as processes of two machines that share a disk may have the same number.
+    """
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a name to write to; on success rename it to ``path``, on failure leave nothing.
 
     It lies in a folder of its own beside ``path``: libraries put files of theirs next to what they write.
     """
-    folder = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    folder = temporary_name(path)
     try:
         with disk_errors(path):
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True)
             yield folder / path.name
             os.replace(folder / path.name, path)
     finally:

@@ -5,7 +5,7 @@ bytes depend on: the parameters, the outputs of earlier stages, the files that t
 the libraries that these import (``pipeline/closure.py``). An interrupted stage finds its finished pieces again only
 when all of that is unchanged. Device, worker and thread counts stay outside: they are run-time arguments, not identity.
 
-Whatever is not finished lies in a folder of its own (``.<name>.<process>.tmp`` in .work, ``.publish`` beside an
+Whatever is not finished lies in a folder of its own (``.<name>.<drawn>.tmp`` in .work, ``.publish`` beside an
 output), also what a library leaves beside the file that it was told to write. So a process that is killed at any
 moment leaves nothing in an output, and the next run of its stage removes what it left.
 """

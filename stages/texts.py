@@ -14,8 +14,9 @@ def main(model: ModelOption, benchmark: BenchmarkOption, device: DeviceOption = 
     from pipeline.eviction.baselines.base import Baseline
     from pipeline.eviction.rankers import make_rankers
     from pipeline.models.layout import cache_layout
-    from pipeline.models.load import load_model, load_tokenizer
+    from pipeline.models.load import load_model
     from pipeline.models.params import read_dtype
+    from pipeline.models.tokenizer import load_tokenizer
     from pipeline.policy.agents import load_policy
     from pipeline.samples.sample import read_samples
     from pipeline.section import Names, read

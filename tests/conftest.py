@@ -27,7 +27,7 @@ from transformers import (
 
 from pipeline.benchmarks.base import AllSizes, Making
 from pipeline.benchmarks.ruler import Ruler
-from pipeline.models.load import load_tokenizer
+from pipeline.models.tokenizer import load_tokenizer
 from pipeline.params import Params, check_params
 from pipeline.profiles import render
 from pipeline.samples.sample import Sample, Split

@@ -155,6 +155,12 @@ def test_a_device_that_is_not_there_is_one_sentence(name: str, device: str, dire
     assert_one_sentence(done, rf"--device {device} cannot be used \(.+\); choose another", directory)
 
 
+@pytest.mark.parametrize("name", ["samples", "traces", "train", "evaluate"])
+def test_workers_without_ray_are_one_sentence(name: str, directory: Path) -> None:
+    done = stage(directory, name, *ARGUMENTS[name], "--workers", "2")
+    assert_one_sentence(done, r"--workers 2: the local executor is one worker; add --executor ray for more", directory)
+
+
 def test_a_folder_without_params_is_one_sentence(directory: Path) -> None:
     (directory / "params.yaml").rename(directory / "other.yaml")
     done = in_a_process(directory, "stages.model", *MODEL)

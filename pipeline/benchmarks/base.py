@@ -4,7 +4,7 @@ It knows no model but its tokenizer, no policy and no budget.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from pipeline.errors import PipelineError
+from pipeline.executor.units import LOCAL, Advance, Executor, unseen
 from pipeline.registry import Registry
 from pipeline.samples.sample import SPLITS, Sample, Split
 from pipeline.section import PARAMS, Name, PositiveInt, Section, Seed, find, parse, validate
@@ -118,7 +119,9 @@ class Making:
     work
         Directory for intermediate results that an interrupted run continues from.
     progress
-        Called with a line for each finished piece, :meth:`Benchmark.pieces` in all.
+        Told each finished piece, :meth:`Benchmark.pieces` in all.
+    executor
+        Who makes them, where a benchmark is cut into units of work.
     """
 
     name: str
@@ -126,7 +129,8 @@ class Making:
     model: Path
     tokenizer: Any
     work: Path
-    progress: Callable[[str], None] = lambda _: None
+    progress: Advance = unseen
+    executor: Executor = LOCAL
 
 
 class Benchmark(Section, ABC):
@@ -170,7 +174,7 @@ class Benchmark(Section, ABC):
         return ()
 
     def pieces(self) -> int:
-        """How often ``progress`` is called while samples are made."""
+        """How far ``progress`` is brought while samples are made."""
         return len(self.sizes.splits)
 
     def share(self, cores: int) -> float:

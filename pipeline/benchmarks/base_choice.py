@@ -150,7 +150,7 @@ class MultipleChoice(Benchmark):
             )
         drawn = _draw(questions, wanted, self.seed)
         samples = [self._sample(making, index, questions[index]) for index in drawn]
-        making.progress("test")
+        making.progress(1, "test")
         return {"test": samples}
 
     def score(self, sample: Sample, answer: Answer) -> dict[str, float]:

@@ -75,7 +75,7 @@ class ComposedDialogues(Benchmark):
             if (found := len(samples[split])) < wanted:
                 told = self.too_few.format(found=found, wanted=wanted, split=split, length=self.length)
                 raise PipelineError(f"benchmarks.{making.name}: {told}")
-            making.progress(split)
+            making.progress(1, split)
         return samples
 
 

@@ -1,11 +1,12 @@
 """From a benchmark and a model to samples: sources fetched, and what the model could not read refused."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pipeline.benchmarks.base import Benchmark, Making
 from pipeline.errors import PipelineError
+from pipeline.executor.units import LOCAL, Advance, Executor, unseen
 from pipeline.models.layers import readable_tokens
 from pipeline.samples.config import language_value, read_config
 from pipeline.samples.sample import Sample, Split
@@ -19,7 +20,8 @@ def make_samples(
     model: Path,
     sources: Mapping[str, SourceParams],
     work: Path,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Advance = unseen,
+    executor: Executor = LOCAL,
     cache: Path = CACHE,
 ) -> tuple[dict[Split, list[Sample]], dict[str, dict[str, str]]]:
     """The samples of a benchmark by split, and the record of what they come from.
@@ -33,7 +35,7 @@ def make_samples(
         A text is longer than the model's window, a source cannot be had or does not suffice, or the model's
         tokenizer or chat template is none that prompts can be made with.
     """
-    from pipeline.models.load import load_tokenizer
+    from pipeline.models.tokenizer import load_tokenizer
     from pipeline.samples.template import template_settings
 
     key = f"benchmarks.{name}.samples"
@@ -50,7 +52,7 @@ def make_samples(
             )
         if settings := template_settings(tokenizer):
             recorded["chat_template"] = settings
-    samples = benchmark.build(Making(name, paths, model, tokenizer, work, progress))
+    samples = benchmark.build(Making(name, paths, model, tokenizer, work, progress, executor))
     if benchmark.tokens is None:
         check_window(model, key, max(sample.longest_text for sample in itertools.chain(*samples.values())))
     _check_vocabulary(model, itertools.chain(*samples.values()))

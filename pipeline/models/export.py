@@ -19,7 +19,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pipeline.errors import PipelineError, one_line
-from pipeline.files import atomic_write, disk_errors, remove, write_json
+from pipeline.files import atomic_write, disk_errors, remove, temporary_name, write_json
 from pipeline.models.gguf import sentencepiece_tokenizer
 from pipeline.models.load import quiet, require_weights, some
 
@@ -66,7 +66,7 @@ def export_model(source: Path, out: Path, finished: Callable[[str], None] = lamb
             finished(file.name)
     elif not (out / "config.json").is_file():  # else it is whole
         # Libraries write several files, and files of theirs meanwhile: their folder becomes the output as a whole.
-        temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+        temporary = temporary_name(out)
         try:
             with disk_errors(out):
                 _export_gguf(source, temporary)

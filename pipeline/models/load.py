@@ -1,11 +1,11 @@
-"""Load an exported model and its tokenizer. It knows no attention capture."""
+"""Load an exported model. It knows no attention capture."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from pipeline.errors import PipelineError, one_line
@@ -74,19 +74,6 @@ def require_weights(source: Path, report: Mapping[str, Any]) -> None:
 def some(names: Sequence[str]) -> str:
     """The first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model directory."""
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # see load_model
-        raise PipelineError(
-            f"{directory} holds no readable tokenizer ({one_line(error)}); rebuild the model."
-        ) from error
-    return tokenizer
 
 
 def end_token_ids(model: PreTrainedModel) -> frozenset[int]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import polars as pl
 import torch
@@ -35,6 +35,8 @@ class TrainingJob:
     config
         Provenance for the policy's config.json.
     """
+
+    together: ClassVar[int] = 1
 
     name: str
     directory: Path

@@ -7,12 +7,10 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,10 +33,10 @@ _HAYSTACK = re.compile(r"^(?:Num haystack|Num noises|num_words|Number of documen
 
 @contextmanager
 def host(nltk_data: Path, log: Path) -> Iterator[Host]:
-    """Start the process in whose forks the scripts run, and yield it.
+    """Start the process in whose forks the scripts run, and yield it; when it ends, so do they.
 
     The scripts cannot be imported, and starting Python with transformers anew for each of them would
-    take longer than all else (``pipeline/ruler/host.py``).
+    take longer than all else (``pipeline/ruler/host.py``). What it complains of is added to ``log``.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = os.environ | {
@@ -51,7 +49,7 @@ def host(nltk_data: Path, log: Path) -> Iterator[Host]:
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, str(Path(host_program.__file__))]
-    with log.open("wb") as errors, tempfile.TemporaryFile() as nothing:
+    with log.open("ab") as errors, tempfile.TemporaryFile() as nothing:
         process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=nothing, stderr=errors, env=environment, text=True,
             start_new_session=True,
@@ -78,7 +76,6 @@ def generate(
     seed: int,
     official: bool = False,
     time_limit: float | None = None,
-    stop: threading.Event | None = None,
     key: str,
 ) -> list[Row]:
     """Run one of NVIDIA's scripts and return its rows (index, input, outputs, length).
@@ -88,9 +85,9 @@ def generate(
     package
         Directory that holds ``long_context_eval``.
     jobs
-        From :func:`host`.
+        From :func:`host`; where another thread ends it, the script is killed.
     scratch
-        New directory of this call, for its output and log.
+        Directory of this call alone, for its output and log.
     length
         The script's max_seq_length: tokens of the bare prompt plus those kept for the answer.
     official
@@ -98,22 +95,20 @@ def generate(
         draws the same random numbers, and takes seconds to start.
     time_limit
         Seconds before the script is killed; by default generous for this many samples.
-    stop
-        When set from another thread, the script is killed.
     key
         Where params.yaml holds the lengths, for the error.
 
     Raises
     ------
     PipelineError
-        The task does not fit into ``length``, on which the script would loop forever, or it fails.
+        The task does not fit into ``length``, on which the script would loop forever, or it fails, or the host is
+        gone.
     """
     too_short = PipelineError(
         f"RULER's generator cannot fit {task.name} into {length} tokens; raise params.yaml's {key}.{task.name}."
     )
     if length <= task.tokens_to_generate:
         raise too_short
-    shutil.rmtree(scratch / "run", ignore_errors=True)
     run = (scratch / "run").resolve()
     run.mkdir(parents=True)
     arguments = ["--save_dir", str(run), "--save_name", task.name, "--subset", "rows"]
@@ -133,7 +128,7 @@ def generate(
         "time_limit": 120 + samples * length // 1000 if time_limit is None else int(time_limit),
     }
     write_text(run / "job.json", json.dumps(job))
-    status = _run_job(run / "job.json", jobs, log, stop)
+    status = _run_job(run / "job.json", jobs, log)
     output = log.read_text(errors="replace") if log.is_file() else ""
     if _nothing_fits(output):
         raise FirstDrawError(str(too_short))
@@ -146,8 +141,8 @@ def generate(
     return checked_rows(run / task.name / "rows.jsonl", read_rows(run / task.name / "rows.jsonl"))
 
 
-def _run_job(job: Path, jobs: Host, log: Path, stop: threading.Event | None) -> int:
-    """Exit status of the job's script; it is killed when nothing fits or ``stop`` is set."""
+def _run_job(job: Path, jobs: Host, log: Path) -> int:
+    """Exit status of the job's script; it is killed when nothing fits."""
     pid, status = job.with_suffix(".pid"), job.with_suffix(".status")
     try:
         if jobs.stdin is not None:
@@ -158,13 +153,11 @@ def _run_job(job: Path, jobs: Host, log: Path, stop: threading.Event | None) -> 
                 raise BrokenPipeError
             if log.is_file() and _nothing_fits(log.read_text(errors="replace")):
                 return -signal.SIGKILL
-            if stop is not None and stop.is_set():
-                raise StoppedError
             time.sleep(0.1)
         return int(status.read_text())
     except BrokenPipeError:
         raise PipelineError(
-            "RULER's generator could not be started; see host.log in the stage's .work folder."
+            "RULER's generator could not be started or has died; see host.log in the stage's .work folder."
         ) from None
     finally:
         # The script's group goes with it, whatever interrupts this call.
@@ -180,10 +173,6 @@ def _nothing_fits(output: str) -> bool:
 
 class FirstDrawError(PipelineError):
     """The generator's very first try was too long for the length."""
-
-
-class StoppedError(Exception):
-    """A script was killed because another task has failed."""
 
 
 class _GeneratedRow(RowModel):

@@ -9,21 +9,18 @@ import json
 import random
 import re
 import shutil
-import threading
-from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import PipelineError
-from pipeline.files import write_text
-from pipeline.ruler.generator import FirstDrawError, Host, checked_rows, generate
+from pipeline.files import temporary_name
+from pipeline.ruler.generator import FirstDrawError, Host, generate
 from pipeline.ruler.wheel import Task
 from pipeline.samples.rows import Row
 from pipeline.samples.sample import Split
 
-WORKERS = 2
 # The order in which splits are made: each leaves out what the ones before it hold.
 ORDER: tuple[Split, ...] = ("test", "validation", "train")
 # The generator first tries this many words of an essay, so that each split must own at least as many.
@@ -76,8 +73,6 @@ class Plan:
     taken: frozenset[str]
     wheel: Path
     model: Path
-    work: Path
-    tokenizer: Any
     essay_words: int | None = None
 
     def length(self, task: Task) -> int:
@@ -85,70 +80,54 @@ class Plan:
         return self.wanted.task_lengths.get(task.name, self.wanted.length)
 
 
-def split_rows(
-    plan: Plan, tasks: dict[str, Task], jobs: Host, pool: ThreadPoolExecutor, progress: Callable[[str], None]
-) -> dict[str, list[Row]]:
-    """The rows of every task of a split; the pool is of no more use after an error."""
-    stop = threading.Event()
-    futures = {task: pool.submit(_task_rows, plan, tasks[task], jobs, stop, progress) for task in plan.wanted.tasks}
-    try:
-        done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
-        for future in done:
-            # Raises the first failure; nothing else has been told to stop yet.
-            future.result()
-        return {task: future.result() for task, future in futures.items()}
-    except BaseException:
-        # Before the pool waits for its threads: they end their scripts when they see this.
-        stop.set()
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
+def fresh_rows(plan: Plan, task: Task, tokenizer: Any, jobs: Host, scratch: Path) -> list[Row]:
+    """The rows of one task and split, generated until none holds a taken unit.
 
+    Parameters
+    ----------
+    tokenizer
+        That of the plan's model.
+    jobs
+        As for :func:`pipeline.ruler.generator.generate`.
+    scratch
+        For directories of this call, which a failure leaves there.
 
-def _task_rows(plan: Plan, task: Task, jobs: Host, stop: threading.Event, progress: Callable[[str], None]) -> list[Row]:
-    """The rows of one task and split: read back if finished, else generated until none holds a taken unit."""
-    finished = plan.work / "rows" / plan.split / f"{task.name}.json"
-    if finished.is_file():
-        try:
-            rows = checked_rows(finished, json.loads(finished.read_bytes()))
-        except (OSError, ValueError) as error:
-            raise PipelineError(f"{finished} cannot be read ({error}); delete it and run again.") from None
-    else:
-        rows = _fresh_rows(plan, task, jobs, stop)
-        write_text(finished, json.dumps(rows))
-    progress(f"{plan.split} {task.name}")
-    return rows
-
-
-def _fresh_rows(plan: Plan, task: Task, jobs: Host, stop: threading.Event) -> list[Row]:
+    Raises
+    ------
+    PipelineError
+        The task does not fit its length, or there are too few rows that the split may hold.
+    """
     wanted: int = plan.wanted.sizes[plan.split]
     official = plan.split == "test"
     rows: list[Row] = []
     for attempt in range(1 if official else _MAX_ROUNDS):
         missing = wanted - len(rows)
-        scratch = plan.work / "scratch" / plan.split / f"{task.name}-{attempt}"
+        # Another worker, taken for dead, may be making the same rows.
+        directory = temporary_name(scratch / f"{plan.split}-{task.name}-{attempt}")
         if official:
             package, seed, count = plan.wheel, plan.wanted.seed, wanted
         else:
             # A few more than wanted, for those that share a unit with another split.
-            package, count = scratch, missing + missing // 4 + 2
+            package, count = directory, missing + missing // 4 + 2
             seed = _seed(plan.wanted.seed, plan.split, task.name, attempt)
-            _prepare(plan, task, package, seed, count)
+            _prepare(plan, task, tokenizer, package, seed, count)
         if task.script == "qa":
             _check_questions(plan, task, package, count)
         key = f"benchmarks.{plan.wanted.name}.samples.task_lengths"
         try:
             made = generate(
-                task, package, plan.model, jobs, scratch,
-                length=plan.length(task), samples=count, seed=seed, official=official, stop=stop, key=key,
+                task, package, plan.model, jobs, directory,
+                length=plan.length(task), samples=count, seed=seed, official=official, key=key,
             )  # fmt: skip
         except FirstDrawError:
             # The test split fitted, so this is bad luck with the first documents drawn.
             if official or attempt == _MAX_ROUNDS - 1:
                 raise
-            continue
+            made = []
+        # A network disk keeps files that a script which is being killed has open.
+        shutil.rmtree(directory, ignore_errors=True)
         fresh = [{**row, "seed": seed} for row in made if not units(task, row["input"]) & plan.taken]
         rows += fresh[:missing]
-        shutil.rmtree(scratch)
         if len(rows) == wanted:
             return rows
     raise PipelineError(
@@ -157,10 +136,9 @@ def _fresh_rows(plan: Plan, task: Task, jobs: Host, stop: threading.Event) -> li
     )
 
 
-def _prepare(plan: Plan, task: Task, package: Path, seed: int, count: int) -> None:
+def _prepare(plan: Plan, task: Task, tokenizer: Any, package: Path, seed: int, count: int) -> None:
     """Copy the generator's code into ``package`` with data that no earlier split has used."""
     wheel = plan.wheel
-    shutil.rmtree(package, ignore_errors=True)
     shutil.copytree(wheel / "long_context_eval", package / "long_context_eval", ignore=shutil.ignore_patterns("json"))
     source = wheel / "long_context_eval/data/synthetic/json"
     target = package / "long_context_eval/data/synthetic/json"
@@ -176,7 +154,7 @@ def _prepare(plan: Plan, task: Task, package: Path, seed: int, count: int) -> No
         name = f"{task.arguments[-1]}.json"
         data = json.loads((source / name).read_text())
         without = _squad_without if name == "squad.json" else _hotpot_without
-        (target / name).write_text(json.dumps(without(data, plan, task, seed, count)))
+        (target / name).write_text(json.dumps(without(data, plan, task, tokenizer, seed, count)))
 
 
 def _essay_portion(wanted: Wanted, split: Split, seed: int, text: str) -> str:
@@ -210,7 +188,9 @@ def essay_reach(wanted: Wanted) -> int:
     return max([wanted.length, *wanted.task_lengths.values()]) + _FIRST_ESSAY_WORDS
 
 
-def _squad_without(data: dict[str, Any], plan: Plan, task: Task, seed: int, count: int) -> dict[str, Any]:
+def _squad_without(
+    data: dict[str, Any], plan: Plan, task: Task, tokenizer: Any, seed: int, count: int
+) -> dict[str, Any]:
     """SQuAD without the taken paragraphs, its questions dealt one per article in turn.
 
     The generator asks the questions in file order, which would put all of a small split on one paragraph.
@@ -223,7 +203,7 @@ def _squad_without(data: dict[str, Any], plan: Plan, task: Task, seed: int, coun
     generator.shuffle(articles)
 
     def tokens(text: str) -> int:
-        return len(plan.tokenizer.tokenize(text))
+        return len(tokenizer.tokenize(text))
 
     room = plan.length(task) - task.tokens_to_generate - tokens(task.template + task.answer_prefix)
     questions = []
@@ -247,7 +227,9 @@ def _squad_without(data: dict[str, Any], plan: Plan, task: Task, seed: int, coun
     return {"data": dealt}
 
 
-def _hotpot_without(data: list[dict[str, Any]], plan: Plan, task: Task, seed: int, count: int) -> list[dict[str, Any]]:
+def _hotpot_without(
+    data: list[dict[str, Any]], plan: Plan, task: Task, tokenizer: Any, seed: int, count: int
+) -> list[dict[str, Any]]:
     """HotpotQA without the rows that hold a taken paragraph, in seeded order, those that fit first.
 
     Each question brings its own ten documents. One whose documents exceed the length would keep the
@@ -261,7 +243,7 @@ def _hotpot_without(data: list[dict[str, Any]], plan: Plan, task: Task, seed: in
         context = "\n\n".join(f"Document 10:\n{_hotpot_document(*part)}" for part in row["context"])
         text = (task.template + task.answer_prefix).format(context=context, query=row["question"])
         # The generator shuffles the documents, which may change a token or two where they meet.
-        if len(plan.tokenizer.tokenize(text)) <= room - len(row["context"]):
+        if len(tokenizer.tokenize(text)) <= room - len(row["context"]):
             fitting.append(row)
         if len(fitting) == count:
             return fitting + rows[place + 1 :]

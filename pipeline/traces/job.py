@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from transformers import PreTrainedModel
 
@@ -28,6 +29,8 @@ class TracesJob:
     samples, counts
         split -> where its samples lie, and how many they are.
     """
+
+    together: ClassVar[int] = 1
 
     name: str
     directory: Path

@@ -10,7 +10,6 @@ timestamps, fixed encodings, pinned pyarrow.
 """
 
 import json
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError
-from pipeline.files import disk_errors, hash_file, remove, write_json
+from pipeline.files import disk_errors, hash_file, remove, temporary_name, write_json
 from pipeline.traces.example import RankingExample
 
 MANIFEST = "manifest.json"
@@ -132,8 +131,8 @@ class ShardWriter:
                 directory = self.root / self.split / f"layer={layer:02d}"
                 directory.mkdir(parents=True, exist_ok=True)
                 for name in FILES:
-                    # With the process, as another may be writing the same shard.
-                    path = directory / f".{name}-{self.shard:05d}.{os.getpid()}.tmp"
+                    # Its own, as another process may be writing the same shard.
+                    path = temporary_name(directory / f"{name}-{self.shard:05d}")
                     self._writers[layer, name] = path, _open_writer(path, self._schemas[name])
         return self
 

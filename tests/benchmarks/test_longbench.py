@@ -13,9 +13,9 @@ from pipeline.benchmarks.base import Answer, read_benchmark
 from pipeline.benchmarks.longbench import _METRICS, TASKS, LongBench, read_documents
 from pipeline.errors import PipelineError
 from pipeline.metrics import METRICS
-from pipeline.models.load import load_tokenizer
+from pipeline.models.tokenizer import load_tokenizer
 from pipeline.samples.sample import Sample
-from tests.benchmarks.making import build, tokenizer_of, write
+from tests.benchmarks.making import build, into, tokenizer_of, write
 from tests.samples import tokenizers as tiny
 
 # eval.py: the metric of each task; pred.py: the tasks without a chat template.
@@ -83,7 +83,7 @@ def test_the_table_is_longbench_s() -> None:
 def test_prompts_are_as_pred_py_makes_them(task: str, tmp_path: Path, without_bos: Path) -> None:
     source = write(tmp_path / "rows.jsonl", [row("lsht", 9), row(task, 4), row("dureader", 9)])
     lines: list[str] = []
-    (sample,) = build(params((task,)), source, without_bos, "longbench", lines.append)["test"]
+    (sample,) = build(params((task,)), source, without_bos, "longbench", into(lines))["test"]
     tokenizer = tokenizer_of(without_bos)
     prompt = filled(task, row(task, 4))
     text = tokenizer.decode(sample.input_ids[: sample.prompt_len])

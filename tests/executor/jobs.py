@@ -41,6 +41,7 @@ class Squares:
     name: str = "squares"
     device: str = "cpu"
     memory: int = 2**20
+    together: int = 1
     code: Code = CODE
 
     def units(self) -> Mapping[str, int]:

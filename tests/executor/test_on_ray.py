@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.executor.on_ray import TRIES
-from pipeline.executor.units import LOCAL, run_units
+from pipeline.executor.units import LOCAL, run_units, unseen
 from tests.executor.conftest import Machines, Start, files, finish, sentence
 from tests.executor.jobs import Behind, Squares, until
 
@@ -17,7 +17,7 @@ from tests.executor.jobs import Behind, Squares, until
 def expected(folder: Path) -> dict[str, bytes]:
     """What the local executor leaves of four squares."""
     job = Squares(folder / "local")
-    run_units(job, job.units(), LOCAL, lambda count=1, status="": None)
+    run_units(job, job.units(), LOCAL, unseen)
     assert len(files(folder / "local")) == 8
     return files(folder / "local")
 

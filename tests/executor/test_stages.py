@@ -16,7 +16,7 @@ from pipeline.evaluation.job import SweepJob
 from pipeline.evaluation.selfcheck import check_model
 from pipeline.eviction.baselines.base import Baseline
 from pipeline.eviction.budget import AtBenchmark, EvaluationParams
-from pipeline.executor.units import LOCAL, run_units
+from pipeline.executor.units import LOCAL, run_units, unseen
 from pipeline.files import write_json
 from pipeline.policy.agents import AgentParams, Policy, PolicyShape, load_policy, save_policy
 from pipeline.policy.estimators.base import Estimator
@@ -32,6 +32,7 @@ from pipeline.traces.shards import ExampleReader, TraceShape
 from tests.conftest import MakeModel
 from tests.executor.conftest import Machines, Start, files, finish
 from tests.executor.jobs import Behind, until
+from tests.ruler.scripts import MAKES, is_gone, job_of, write_wheel
 from tests.traces.synthetic import random_cache, write_traces
 
 CONTEXT = 60
@@ -149,6 +150,47 @@ def test_a_training_whose_machine_dies(estimator: Estimator, machines: Machines,
         assert torch.equal(policy.state_dict()[name][8:16], states)
 
 
+# Says which group of processes it is in, waits at the door and draws its row.
+BEHIND = """
+import os, random, sys, time
+open(f"{doors}/{{sys.argv[4]}}.{{os.getpgrp()}}", "w").close()
+while not os.path.exists("{doors}/open"):
+    time.sleep(0.02)
+"""
+
+
+def test_tasks_of_ruler_whose_machine_dies(machines: Machines, start: Start, folder: Path, smollm2: Path) -> None:
+    doors = folder / "doors"
+
+    def came() -> dict[str, list[int]]:
+        """Task -> the groups of its scripts."""
+        found: dict[str, list[int]] = {}
+        for path in doors.glob("*.*"):
+            found.setdefault(path.stem, []).append(int(path.suffix[1:]))
+        return found
+
+    script = BEHIND.format(doors=doors) + MAKES.replace("'2 + 2'", "str(random.Random(sys.argv[4]).random())")
+    tasks = ("one", "two", "three")
+    job = job_of(write_wheel(folder / "wheel", dict.fromkeys(tasks, script)), smollm2, folder / "local", *tasks)
+    (doors / "open").touch()
+    run_units(job, job.units(), LOCAL, unseen)
+    for path in doors.iterdir():
+        path.unlink()
+    spread = dataclasses.replace(job, directory=folder / "ray")
+    process = start(spread)
+    until(lambda: len(came()) == 2, "two scripts", process)
+    groups = [group for (group,) in came().values()]
+    machines.kill()  # and with it one of the scripts, in the middle of its task
+    until(lambda: any(map(is_gone, groups)), "the end of a script", process)
+    (doors / "open").touch()
+    lines = finish(process)
+    assert spread.gather() == job.gather()
+    assert len({row["input"] for (row,) in spread.gather().values()}) == 3
+    assert files(folder / "ray/rows") == files(folder / "local/rows")
+    assert sorted(map(len, came().values())) == [1, 1, 2]
+    assert sum("a worker died in unit" in line for line in lines) == 1
+
+
 def with_a_death(
     job: SweepJob | TracesJob | TrainingJob,
     shut: tuple[str, ...],
@@ -158,7 +200,7 @@ def with_a_death(
     folder: Path,
 ) -> Behind:
     """Do a job here, and on two machines of which one is taken away in a unit: the same files."""
-    run_units(job, job.units(), LOCAL, lambda count=1, status="": None)
+    run_units(job, job.units(), LOCAL, unseen)
     job.gather()
     spread = dataclasses.replace(job, directory=folder / "ray")
     behind = Behind(spread, folder / "doors", shut=shut, step=step)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.executor.on_ray import run_on_ray
+from pipeline.executor.on_ray import _needs, run_on_ray
 from pipeline.executor.place import difference, threads
-from pipeline.executor.units import LOCAL, Executor, run_units
-from tests.executor.jobs import Squares
+from pipeline.executor.units import LOCAL, Advance, Executor, run_units, unseen
+from tests.executor.jobs import PATIENCE, Squares
 
 
 def do(job: Squares) -> list[int]:
@@ -47,6 +48,26 @@ def test_a_failure_leaves_the_later_units_for_the_next_run(folder: Path) -> None
     assert {path.name for path in (folder / "local").iterdir()} == {"0.half", "0.done"}
 
 
+def test_units_that_may_are_done_together(folder: Path) -> None:
+    both = threading.Barrier(2)
+
+    class Meeting(Squares):
+        def run(self, state: int, unit: str, advance: Advance) -> None:
+            both.wait(PATIENCE)
+            super().run(state, unit, advance)
+
+    assert do(Meeting(folder / "local", together=2)) == [1] * 8
+    assert {path.stem for path in (folder / "local").glob("*.done")} == {"0", "1", "2", "3"}
+
+
+@pytest.mark.parametrize(("together", "cpus"), [(1, 3.0), (2, 1.0)])
+def test_what_is_done_together_takes_one_cpu_of_a_node(
+    together: int, cpus: float, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert _needs(Squares(folder, together=together), [{"CPU": 4.0, "GPU": 1.0}])["CPU"] == cpus
+
+
 @pytest.mark.parametrize(
     ("executor", "device", "sentence"),
     [
@@ -79,7 +100,7 @@ def test_without_ray_there_is_a_sentence(folder: Path, monkeypatch: pytest.Monke
     with pytest.raises(
         PipelineError, match=r"--executor ray needs Ray \(.+\); pip install .*'\.\[ray\]', on every node"
     ):
-        run_on_ray(Squares(folder / "ray"), ["0"], None, lambda count=1, status="": None)
+        run_on_ray(Squares(folder / "ray"), ["0"], None, unseen)
 
 
 OURS = {"files": {"a.py": "1", "b.py": "2"}, "libraries": {"torch": "2.13.0"}}

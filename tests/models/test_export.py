@@ -29,7 +29,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from pipeline.errors import PipelineError
 from pipeline.models import export
 from pipeline.models.export import export_model, files_to_export
-from pipeline.models.load import load_model, load_tokenizer
+from pipeline.models.load import load_model
+from pipeline.models.tokenizer import load_tokenizer
 from tests.conftest import SIZES, MakeModel
 
 SIZE = SIZES | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}

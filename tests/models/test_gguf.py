@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 from pipeline.models.export import export_model
 from pipeline.models.gguf import sentencepiece_tokenizer
-from pipeline.models.load import load_model, load_tokenizer
+from pipeline.models.load import load_model
+from pipeline.models.tokenizer import load_tokenizer
 from pipeline.params import Params
 from pipeline.sources.fetch import fetch
 

@@ -22,7 +22,8 @@ from transformers import (
 
 from pipeline.errors import PipelineError
 from pipeline.models.export import export_model
-from pipeline.models.load import end_token_ids, head_shape, load_model, load_tokenizer
+from pipeline.models.load import end_token_ids, head_shape, load_model
+from pipeline.models.tokenizer import load_tokenizer
 from tests.conftest import SIZES, MakeModel
 
 REPOSITORY = Path(__file__).parents[2]

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,8 +12,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.ruler.generator import Host, StoppedError, generate, host
+from pipeline.ruler.generator import Host, generate, host
 from pipeline.ruler.wheel import Task
+from tests.conftest import REPOSITORY
+from tests.executor.jobs import until
 
 KEY = "benchmarks.ruler.samples.task_lengths"
 
@@ -110,15 +111,40 @@ def test_a_script_that_loops_is_ended_by_its_time_limit(
     assert_ended(tmp_path)
 
 
-def test_a_failure_elsewhere_ends_the_script(
-    tasks: dict[str, Task], ruler_wheel: Path, smollm2: Path, jobs: Host, tmp_path: Path
+def test_a_script_ends_with_its_host(
+    tasks: dict[str, Task], ruler_wheel: Path, nltk_data: Path, smollm2: Path, tmp_path: Path
 ) -> None:
-    stop = threading.Event()
-    threading.Timer(1, stop.set).start()
-    with pytest.raises(StoppedError):
-        generate(
-            tasks["qa_2"], ruler_wheel, smollm2, jobs, tmp_path, length=1664, samples=3, seed=42, key=KEY, stop=stop
-        )
+    # In a new interpreter, for which the host need not get ready.
+    options = {"length": 1664, "samples": 3, "seed": 42, "official": True, "key": KEY}
+    with ThreadPoolExecutor(1) as pool, host(nltk_data, tmp_path / "host.log") as process:
+        looping = pool.submit(generate, tasks["qa_2"], ruler_wheel, smollm2, process, tmp_path, **options)
+        until((tmp_path / "run/log").is_file, "the script")
+    with pytest.raises(PipelineError, match=r"could not be started or has died; see host\.log"):
+        looping.result()
+    assert_ended(tmp_path)
+
+
+HOLDER = """
+import sys, threading
+from pathlib import Path
+from pipeline.ruler.generator import generate, host
+from pipeline.ruler.wheel import read_tasks
+wheel, nltk_data, model, out = map(Path, sys.argv[1:])
+options = {"length": 1664, "samples": 3, "seed": 42, "official": True, "key": ""}
+with host(nltk_data, out / "host.log") as process:
+    generate(read_tasks(wheel)["qa_2"], wheel, model, process, out, **options)
+"""
+
+
+def test_a_script_ends_with_the_process_that_asked_for_it(
+    ruler_wheel: Path, nltk_data: Path, smollm2: Path, tmp_path: Path
+) -> None:
+    places = [str(path) for path in (ruler_wheel, nltk_data, smollm2, tmp_path)]
+    with subprocess.Popen([sys.executable, "-c", HOLDER, *places], cwd=REPOSITORY) as holder:
+        try:
+            until((tmp_path / "run/log").is_file, "the script")
+        finally:
+            holder.kill()
     assert_ended(tmp_path)
 
 

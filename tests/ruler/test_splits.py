@@ -44,32 +44,34 @@ def test_essay_portions_do_not_touch(wanted: Wanted) -> None:
 
 
 @pytest.fixture
-def plan(wanted: Wanted, ruler_wheel: Path, smollm2: Path, tmp_path: Path) -> Plan:
+def plan(wanted: Wanted, ruler_wheel: Path, smollm2: Path) -> Plan:
     taken = frozenset({"a taken", "b taken", "c taken"})
-    return Plan(wanted, "train", taken, ruler_wheel, smollm2, tmp_path, tokenizer_of(smollm2))
+    return Plan(wanted, "train", taken, ruler_wheel, smollm2)
 
 
-def test_questions_are_dealt_over_the_articles(plan: Plan, tasks: dict[str, Task]) -> None:
+def test_questions_are_dealt_over_the_articles(plan: Plan, tasks: dict[str, Task], smollm2: Path) -> None:
     def article(name: str, questions: int) -> dict:
         asked = [{"question": f"{name}{i}", "is_impossible": i == 1, "answers": []} for i in range(questions)]
         return {"paragraphs": [{"context": name, "qas": asked}, {"context": f"{name} taken", "qas": asked}]}
 
     data = {"data": [article("a", 4), article("b", 3), article("c", 2), article("long " * 500, 3)]}
-    dealt = _squad_without(data, plan, tasks["qa_1"], 0, 5)
+    dealt = _squad_without(data, plan, tasks["qa_1"], tokenizer_of(smollm2), 0, 5)
     order = [(p["context"], qa["question"]) for entry in dealt["data"] for p in entry["paragraphs"] for qa in p["qas"]]
     assert {context for context, _ in order[:3]} == {"a", "b", "c"}
     assert len(order) == len(set(order)) == 5
     assert not any(question.endswith("1") for _, question in order)
 
 
-def test_questions_whose_documents_are_taken_or_too_long_are_left_out(plan: Plan, tasks: dict[str, Task]) -> None:
+def test_questions_whose_documents_are_taken_or_too_long_are_left_out(
+    plan: Plan, tasks: dict[str, Task], smollm2: Path
+) -> None:
     def row(name: str, words: int) -> dict:
         return {"question": name, "context": [[name, ["word " * words]], ["shared", ["text"]]]}
 
     taken = plan.taken | {"b\n" + "word " * 9}
     plan = dataclasses.replace(plan, taken=taken)
     data = [row("a", 9), row("b", 9), row("c", 5000), row("d", 99)]
-    kept = _hotpot_without(data, plan, tasks["qa_2"], 0, 2)
+    kept = _hotpot_without(data, plan, tasks["qa_2"], tokenizer_of(smollm2), 0, 2)
     assert {entry["question"] for entry in kept[:2]} == {"a", "d"}
     assert "b" not in {entry["question"] for entry in kept}
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers.utils import chat_template_utils
 
 from pipeline.errors import PipelineError
-from pipeline.models.load import load_tokenizer
+from pipeline.models.tokenizer import load_tokenizer
 from pipeline.samples.template import chat_prompt, encode_reply, end_of_turn, reply_gap, template_settings
 from tests.samples import tokenizers as tiny
 

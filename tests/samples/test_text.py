@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import PipelineError
 from pipeline.models.gguf import sentencepiece_tokenizer
-from pipeline.models.load import load_tokenizer
+from pipeline.models.tokenizer import load_tokenizer
 from pipeline.samples.template import encode_reply
 from pipeline.samples.text import encode, encode_choices, encode_pair, first_token_after
 from tests.samples import tokenizers as tiny

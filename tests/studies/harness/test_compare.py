@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pipeline.errors import PipelineError
 from pipeline.eviction.budget import EvaluationParams
-from pipeline.models.load import load_model, load_tokenizer
+from pipeline.models.load import load_model
+from pipeline.models.tokenizer import load_tokenizer
 from studies.harness.compare import DEFINITIONS, TOLERANCE, Answered, compare, harness_answers, own_answers
 from tests.benchmarks.making import CHOICES, build, choice, write
 from tests.benchmarks.test_choice import HUB_FILES, HUB_ROWS, PLAIN_ROWS, RENDERED

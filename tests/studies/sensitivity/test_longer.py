@@ -10,7 +10,7 @@ import pytest
 from pipeline.benchmarks.base import Making
 from pipeline.benchmarks.ruler import Ruler
 from pipeline.errors import PipelineError
-from pipeline.models.load import load_tokenizer
+from pipeline.models.tokenizer import load_tokenizer
 from pipeline.ruler.splits import units
 from pipeline.ruler.wheel import read_tasks
 from pipeline.samples.sample import Sample, Split
