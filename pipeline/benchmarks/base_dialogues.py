@@ -12,7 +12,8 @@ from pipeline.executor.place import threads
 from pipeline.samples.sample import SPLITS, Sample, Split
 from pipeline.section import PositiveInt
 
-Candidate, Result = TypeVar("Candidate"), TypeVar("Result")
+Candidate = TypeVar("Candidate")
+Result = TypeVar("Result")
 # Share of the time in which a thread keeps the others waiting, on two cores.
 _SERIAL = 0.15
 # Candidates of each thread before it is looked whether there are enough.

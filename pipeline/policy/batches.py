@@ -83,14 +83,15 @@ def make_batch(examples: Sequence[RankingExample], rankings: int, draws: torch.G
 
     places = torch.cat([place * width + torch.arange(size) for place, size in enumerate(sizes)])
     cache_sizes = torch.tensor([example.cache_size for example in examples], dtype=torch.int32)
-    tokens = CachedTokens(
-        *map(of_chosen, ("keys", "values", "positions")), cache_sizes.repeat_interleave(torch.tensor(sizes))[chosen]
+    of_tokens = (
+        *map(of_chosen, ("keys", "values", "positions")),
+        cache_sizes.repeat_interleave(torch.tensor(sizes))[chosen],
     )
-    target = Target(importance * count, count, best)
+    of_target = (importance * count, count, best)
     return Batch(
-        CachedTokens(*(_moved(states, device) for states in vars(tokens).values())),
+        CachedTokens(*(_moved(states, device) for states in of_tokens)),
         _moved(places[chosen], device),
-        Target(*(_moved(states, device) for states in vars(target).values())),
+        Target(*(_moved(states, device) for states in of_target)),
         _moved(uniform, device),
     )
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from pipeline.closure import Code
 from pipeline.errors import PipelineError
+from pipeline.executor.place import threads
 from pipeline.executor.units import Advance
 from pipeline.files import write_text
 from pipeline.ruler.generator import Host, checked_rows, host
@@ -32,7 +33,6 @@ class RulerJob:
 
     # A unit waits for a script, which computes on one CPU.
     device: ClassVar[str] = "cpu"
-    together: ClassVar[int] = 2
     code: ClassVar[Code] = Code(__file__)
 
     name: str
@@ -40,6 +40,11 @@ class RulerJob:
     nltk_data: Path
     plan: Plan
     jobs: Host | None = None
+
+    @property
+    def together(self) -> int:
+        """As many as there are threads, and two where there is one: a script waits for its disk at times."""
+        return max(2, threads())
 
     @property
     def memory(self) -> int:
