@@ -34,7 +34,7 @@ class Heads:
 SMOLLM2 = Heads("SmolLM2-135M", 30, 3, 64, 1024)
 MODELS = (SMOLLM2, Heads("Qwen2.5-7B", 28, 4, 128, 4500), Heads("Phi-4", 40, 10, 128, 4500))
 # tokens of each head: those of the profiles default and paper-*, and all of them, as published.
-KEPT = (128, 120, None)
+KEPT = (96, 120, None)
 
 
 def write_examples(

@@ -2,7 +2,7 @@
 
     python -m perf.training_step
 
-SmolLM2-135M: 30 layers x 3 KV heads of width 64, 4 examples of 128 tokens, both estimators. Both sides read the same
+SmolLM2-135M: 30 layers x 3 KV heads of width 64, 5 examples of 96 tokens, both estimators. Both sides read the same
 float16 states, normalise them, score, differentiate, clip at 5 and step AdamW; the loop is what one writes with
 nn.Sequential and torch.optim.AdamW as they come. It also prints what no implementation can beat on this machine: the
 FLOPs of the step at the rate of one large product of matrices, and with --profile where the stacked step spends its
@@ -84,8 +84,8 @@ def matrix_rate(device: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tokens", type=int, default=128, help="known of each head of an example")
-    parser.add_argument("--examples", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=96, help="known of each head of an example")
+    parser.add_argument("--examples", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="print the operators of one stacked step")
     arguments = parser.parse_args()
