@@ -166,7 +166,7 @@ def test_nothing_is_due_after_a_run(project: Path) -> None:
         ("pipeline/evaluation/texts.py", TEXTS),
         ("pipeline/eviction/rankers.py", CHECK | EVALUATE | TEXTS),
         ("pipeline/ruler/generator.py", {"sources", "report"} | SAMPLES | SCORE),
-        ("pipeline/models/load.py", CHECK | TRACES | EVALUATE | TEXTS),
+        ("pipeline/models/load.py", MODEL | CHECK | TRACES | EVALUATE | TEXTS),
         ("pipeline/benchmarks/dialogues.py", {"sources", "report"} | SAMPLES | SCORE),
         ("pipeline/benchmarks/new.py", {"sources", "report"} | SAMPLES | SCORE),
         ("pipeline/models/export.py", MODEL),
