@@ -4,13 +4,16 @@ What is exported is an explicit set of files: the configuration, the tokenizer a
 reads. Nothing else of a source gets into an output, no code, and nothing of the user's is linked.
 """
 
+import functools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 import transformers
@@ -176,25 +179,24 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _export_gguf(source: Path, out: Path) -> None:
-    from gguf import GGUFReader
-
     try:
         quiet()
-        reader = GGUFReader(source)
-        _refuse_part(source, reader)
-        rebuilt = sentencepiece_tokenizer(reader)
-        tokenizer = rebuilt or AutoTokenizer.from_pretrained(
-            source.parent, gguf_file=source.name, trust_remote_code=False
-        )
-        found: Any = AutoModelForCausalLM.from_pretrained(
-            source.parent,
-            gguf_file=source.name,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        model: PreTrainedModel = found[0]
-        unused = _unused(reader, model)
+        with _read_once():
+            reader = gguf.GGUFReader(str(source))
+            _refuse_part(source, reader)
+            rebuilt = sentencepiece_tokenizer(reader)
+            tokenizer = rebuilt or AutoTokenizer.from_pretrained(
+                source.parent, gguf_file=source.name, trust_remote_code=False
+            )
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                source.parent,
+                gguf_file=source.name,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+            model: PreTrainedModel = found[0]
+            unused = _unused(reader, model)
     except PipelineError:
         raise
     except Exception as error:  # transformers and gguf raise bare built-in types for unreadable files
@@ -209,6 +211,23 @@ def _export_gguf(source: Path, out: Path) -> None:
         )
     tokenizer.save_pretrained(out)
     model.save_pretrained(out)
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """Keep what transformers reads of a GGUF file several times over, which is most of the time of an export.
+
+    It opens the file anew for the configuration, the tokenizer and the weights, a second for each 15,000 words of the
+    vocabulary, and lists the names of tensors anew for every module of the model.
+    """
+    kept = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, function in kept.items():
+            setattr(gguf, name, functools.cache(function))
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(gguf, name, function)
 
 
 def _refuse_part(source: Path, reader: Any) -> None:
