@@ -13,7 +13,9 @@ WORK = Work(flops=100, agent_flops=20, moved=300, kernels=4, written=50, read=70
 
 def device(accelerator: bool) -> Device:
     flops = {"float32": 10.0, "bfloat16": 50.0}
-    return Device("made-up", {}, accelerator, flops, memory=100, kernel=0.5, write=25, read=100, commit=1, start=1)
+    return Device(
+        "made-up", {}, accelerator, flops, memory=100, kernel=0.5, write=25, read=100, commit=1, start=1, cores=2
+    )
 
 
 def test_the_host_reads_before_it_computes() -> None:
