@@ -14,6 +14,7 @@ from pipeline.models.layers import RankedLayer
 from pipeline.models.layout import cache_layout
 from pipeline.policy.agents import AgentParams, Policy, PolicyShape
 from tests.conftest import FAMILIES, MakeModel
+from tests.evaluation.test_sweep import IDS, PROMPT_LEN, Letters, make_sample, make_sweep
 
 AGENT = AgentParams(hidden_width=8, hidden_layers=1, inputs=("key", "value", "position", "age"))
 PADS = torch.tensor([0, 7, 19])
@@ -163,6 +164,23 @@ def test_evicting_is_what_a_slow_cache_does(family: str, slack: int, make_model:
     for layer, expected in zip(fast.layers, slow.layers, strict=True):
         assert (layer.positions + PADS[:, None, None]).tolist() == expected.left
         assert layer.held <= budget + slack
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def test_texts_are_those_of_the_sweep(family: str, make_model: MakeModel) -> None:
+    """Which feeds the last token of a context again, and ranks no more while it writes."""
+    model = make_model(family)
+    sweep = make_sweep(model)
+    said = {(one.key, one.budget): one.text for one in sweep.run(make_sample(("zzz",)), seed=1)[0] if one.text}
+    context = torch.tensor([IDS[:PROMPT_LEN]])
+    for key, policy in sweep.policies.items():
+        for budget in (24, 48):
+            cache = KVPCache(policy, budget, slack=100)
+            with torch.no_grad():
+                model(context, past_key_values=cache)
+            cache.crop(PROMPT_LEN - 1)
+            written = generate(model, context, cache, 6)[0, PROMPT_LEN:].tolist()
+            assert said[key, budget] == Letters().decode(written, skip_special_tokens=True)
 
 
 def test_a_policy_is_told_true_positions_and_the_true_length(
