@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import PipelineError, one_line
 from pipeline.files import atomic_write, write_json
-from pipeline.models.layers import RankedLayer
+from pipeline.models.layers import ModelLayer, RankedLayer
 from pipeline.policy.inputs.base import INPUTS, AgentInput, CachedTokens
 from pipeline.section import PositiveInt, Section
 
@@ -111,6 +111,8 @@ class Policy(nn.Module):
 
     def __init__(self, shape: PolicyShape, generator: torch.Generator | None = None) -> None:
         super().__init__()
+        # The model's numbers of the layers; others where a trained policy says so.
+        self.layer_numbers = tuple(ModelLayer(number) for number in range(shape.layers))
         self.shape, self.seen = shape, shape.agent.seen
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for fan_in, fan_out in zip(shape.widths, shape.widths[1:], strict=False):
@@ -127,6 +129,11 @@ class Policy(nn.Module):
         self.register_buffer("mean", torch.zeros(shape.heads, 1, shape.channels))
         self.register_buffer("std", torch.ones(shape.heads, 1, shape.channels))
 
+    @classmethod
+    def from_pretrained(cls, directory: str | Path) -> "Policy":
+        """What the train stage wrote to ``directory``, as :func:`load_policy`."""
+        return load_policy(Path(directory))[0]
+
     def forward(self, keys: Tensor, values: Tensor, layer: RankedLayer | None = None) -> Tensor:
         """Score the tokens of a cache.
 
@@ -142,13 +149,17 @@ class Policy(nn.Module):
         -------
         (heads, n) float32, higher = keep.
         """
-        if layer is None:
-            return torch.cat([self._score(keys[heads], values[heads], heads) for heads in self.blocks(keys.shape[1])])
-        return self._score(keys, values, slice(layer * self.shape.kv_heads, (layer + 1) * self.shape.kv_heads))
+        return self.score(CachedTokens.whole(keys, values), layer)
 
-    def _score(self, keys: Tensor, values: Tensor, heads: slice) -> Tensor:
+    def score(self, tokens: CachedTokens, layer: RankedLayer | None = None) -> Tensor:
+        """The same of tokens at any positions: those that are left of a cache."""
+        if layer is None:
+            return torch.cat([self._score(tokens[heads], heads) for heads in self.blocks(tokens.keys.shape[1])])
+        return self._score(tokens, slice(layer * self.shape.kv_heads, (layer + 1) * self.shape.kv_heads))
+
+    def _score(self, tokens: CachedTokens, heads: slice) -> Tensor:
         weights, biases = ([parameter[heads] for parameter in each] for each in (self.weights, self.biases))
-        inputs = self.inputs(CachedTokens.whole(keys, values), heads)
+        inputs = self.inputs(tokens, heads)
         parts = torch.split(inputs, self._at_once(len(inputs)), dim=1)
         return torch.cat([run_agents(weights, biases, part) for part in parts], dim=1)
 
@@ -248,6 +259,7 @@ def load_policy(
         payload = (directory / WEIGHTS_FILE).read_bytes()
         agent = AgentParams.model_validate(config["agent"] | {"inputs": tuple(config["agent"]["inputs"])})
         shape = PolicyShape(config["layers"], config["kv_heads"], config["head_dim"], agent)
+        numbers = tuple(map(ModelLayer, config.get("trace_shape", {}).get("layer_numbers", range(shape.layers))))
         checksum, trained_for = config["sha256"], config["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise PipelineError(
@@ -265,6 +277,7 @@ def load_policy(
             "keys or values (train.agent.inputs)."
         )
     policy = Policy(shape)
+    policy.layer_numbers = numbers
     try:
         policy.load_state_dict(load(payload))
     except (SafetensorError, RuntimeError) as error:
