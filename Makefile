@@ -4,7 +4,7 @@
 # make studies STUDY=latency      one of them: latency or sensitivity; `python -m studies.harness --model MODEL` holds
 #                        the multiple choice against lm-eval's own numbers
 # make ui                MLflow's pages on this computer, and where to look in them; PORT=5000
-# make test              the tests, two files at a time, the longest one first
+# make test              style and types beside the tests, three files of these at a time, the longest one first
 # make bench             the benchmarks of speed, one after the other; results in perf/results
 # make gpu               the checks and benchmarks that need a GPU; results in perf/results
 PYTHON ?= python3
@@ -15,7 +15,7 @@ export DVC_NO_ANALYTICS := true
 
 PORT ?= 5000
 
-.PHONY: repro studies ready ui test bench gpu
+.PHONY: repro studies ready ui test style behaviour bench gpu
 repro: $(VENV)/installed
 	$(if $(PROFILE),python -m stages.profile $(PROFILE))
 	$(MAKE) --no-print-directory ready
@@ -39,10 +39,15 @@ ui: $(VENV)/installed
 	python -m stages.ui --port $(PORT)
 
 test: $(VENV)/installed
+	$(MAKE) --no-print-directory --jobs 2 style behaviour
+
+style:
 	ruff check .
 	ruff format --check .
 	mypy
-	python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+behaviour:
+	python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/installed
 	set -e; for script in $(filter-out perf/__init__.py perf/measure.py perf/gpu.py,$(wildcard perf/*.py)); do \
