@@ -4,7 +4,7 @@
 # make studies STUDY=latency      one of them: latency or sensitivity; `python -m studies.harness --model MODEL` holds
 #                        the multiple choice against lm-eval's own numbers
 # make ui                MLflow's pages on this computer, and where to look in them; PORT=5000
-# make test              style and types beside the tests, three files of these at a time, the longest one first
+# make test              style and types beside the tests, two files of these at a time, the longest one first
 # make bench             the benchmarks of speed, one after the other; results in perf/results
 # make gpu               the checks and benchmarks that need a GPU; results in perf/results
 PYTHON ?= python3
@@ -47,7 +47,7 @@ style:
 	mypy
 
 behaviour:
-	python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
+	python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/installed
 	set -e; for script in $(filter-out perf/__init__.py perf/measure.py perf/gpu.py,$(wildcard perf/*.py)); do \
