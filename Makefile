@@ -41,12 +41,12 @@ ui: $(VENV)/installed
 test: $(VENV)/installed
 	$(MAKE) --no-print-directory --jobs 2 style behaviour
 
-style:
+style: $(VENV)/installed
 	ruff check .
 	ruff format --check .
 	mypy
 
-behaviour:
+behaviour: $(VENV)/installed
 	python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 bench: $(VENV)/installed
