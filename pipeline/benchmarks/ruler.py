@@ -41,7 +41,7 @@ class Ruler(Benchmark):
     """
 
     trainable: ClassVar[bool] = True
-    piece_seconds: ClassVar[float] = 3.0
+    piece_seconds: ClassVar[float] = 2.0
     assumed: ClassVar[str] = (
         f"{SLACK} tokens shorter than their length, as measured at 1,024 (at 4,096: 170 to 290, but 1,100 of qa_2, "
         "which runs out of documents)"
