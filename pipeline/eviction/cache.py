@@ -52,7 +52,7 @@ class KVPCache(Cache):
     n_sink, n_recent
         Tokens at the start and end of a text that are always kept.
     attention_mask
-        (batch, tokens), 0 for pads, of a batch whose texts were filled up on the left.
+        (batch, tokens), 0 for pads, of a batch whose texts were filled up on the left. Later turns must have no pads.
     model
         That the cache is for. Needed where some of its layers slide over a window; otherwise it serves to check that
         the policy is one for it.
@@ -81,10 +81,12 @@ class KVPCache(Cache):
         model: PreTrainedModel | None = None,
     ) -> None:
         super().__init__(layers=[])
+        counts = {"budget": budget, "slack": slack, "n_sink": n_sink, "n_recent": n_recent}
+        for name, count in counts.items():
+            if not isinstance(count, int) or count < (name == "budget"):
+                raise PipelineError(f"{name}={count} is no number of tokens; {int(name == 'budget')} is the least.")
         if budget < n_sink + n_recent:
             raise PipelineError(f"budget={budget} is below the {n_sink + n_recent} protected tokens; raise it.")
-        if slack < 0:
-            raise PipelineError(f"slack={slack} is no number of tokens; 0 is the least.")
         self._policy, self._ranked = policy, policy.layer_numbers
         self._options = _Options(budget, slack, n_sink, n_recent, _pads(attention_mask))
         self._windows = {} if model is None else _windows(policy, model)
@@ -107,6 +109,10 @@ class KVPCache(Cache):
             f"The policy ranks layers {', '.join(map(str, self._ranked))} of a model, not {number}; name the model "
             "(model=...) if this layer slides over a window, or take a policy for this model."
         )
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.layers.clear()
 
     @property
     def nbytes(self) -> int:
@@ -143,19 +149,19 @@ def _windows(policy: Policy, model: PreTrainedModel) -> dict[ModelLayer, int]:
     return dict(layout.windows)
 
 
-def _require_known_pads(pads: Tensor, rotary: Mapping[str, Any]) -> None:
-    """Raise where a model says of the tokens it reads first that a text begins elsewhere than behind these pads."""
+def _require_places(places: Tensor, rotary: Mapping[str, Any]) -> None:
+    """Raise where a model says that tokens it reads stand elsewhere than at these ``places``, (batch, tokens)."""
     sines = rotary.get("sin")
     if sines is None or sines.dim() != 3:
         return
-    # A text begins at position 0, where no number is rotated; transformers puts its pads there, too, or at 1.
-    unrotated = (sines == 0).all(-1).expand(len(pads), -1)
-    begins = torch.where(unrotated, torch.arange(unrotated.shape[1], device=sines.device), -1).amax(-1)
-    if ((begins != pads) & (pads < unrotated.shape[1])).any():
+    # A text begins at position 0, where no number is rotated; transformers puts pads there, too, or at 1.
+    unrotated = (sines == 0).all(-1).expand(places.shape)
+    if ((unrotated & (places > 0)) | (~unrotated & (places == 0))).any():
         raise PipelineError(
-            "The model reads texts that begin elsewhere than the cache was told; where texts are filled up, give the "
-            "cache their attention mask (KVPCache(..., attention_mask=inputs['attention_mask'])) and the model their "
-            "position_ids, as generate does."
+            "The model reads texts that begin elsewhere than the cache was told, or that have pads within them; where "
+            "texts are filled up, on the left and before the first turn alone, give the cache their attention mask "
+            "(KVPCache(..., attention_mask=inputs['attention_mask'])) and the model their position_ids, as generate "
+            "does."
         )
 
 
@@ -188,11 +194,15 @@ class _RankedLayer(CacheLayerMixin):
         """Begin with nothing."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.policy.to(self.device)
-        batch, pads = len(key_states), self.options.pads
+        batch, pads, shape = len(key_states), self.options.pads, self.policy.shape
+        ranked, found = (shape.kv_heads, shape.head_dim), (key_states.shape[1], key_states.shape[3])
+        if ranked != found:
+            ours, theirs = ("{} KV heads of dimension {}".format(*sizes) for sizes in (ranked, found))
+            raise PipelineError(f"The policy ranks {ours}, but the model has {theirs}; train a policy for this model.")
         if pads is not None and len(pads) != batch:
             raise PipelineError(
                 f"The attention mask is of {len(pads)} texts and the model reads {batch}; give the cache the mask of "
-                "these texts."
+                "these texts, each row as often as there are beams or answers of it (repeat_interleave)."
             )
         self.pads = (torch.zeros(batch, dtype=torch.int64) if pads is None else pads).to(self.device)
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
@@ -205,9 +215,10 @@ class _RankedLayer(CacheLayerMixin):
         """Add tokens, evict where there are too many, and return all that these tokens attend to."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            _require_known_pads(self.pads, cache_kwargs or {})
         new = key_states.shape[2]
         places = torch.arange(self.seen, self.seen + new, device=self.device) - self.pads[:, None]
+        if new > 1 or not self.seen:  # tokens that are written one by one follow each other
+            _require_places(places, cache_kwargs or {})
         keys = torch.cat([self.keys, key_states], dim=2)
         values = torch.cat([self.values, value_states], dim=2)
         positions = torch.cat([self.positions, places[:, None].expand(-1, keys.shape[1], -1)], dim=2)

@@ -10,7 +10,6 @@ from transformers.cache_utils import DynamicLayer
 
 from pipeline.errors import PipelineError
 from pipeline.eviction.cache import KVPCache
-from pipeline.models.layers import RankedLayer
 from pipeline.models.layout import cache_layout
 from pipeline.policy.agents import AgentParams, Policy, PolicyShape
 from tests.conftest import FAMILIES, MakeModel
@@ -249,20 +248,28 @@ def test_tokens_can_be_taken_back_as_long_as_none_was_evicted(make_model: MakeMo
     assert whole.get_seq_length() == whole.layers[0].held == 5
 
 
-def test_a_cache_can_be_used_again_after_a_reset(make_model: MakeModel) -> None:
-    model = make_model("llama")
-    cache = KVPCache(policy_for(model), 30, slack=2)
-    first = generate(model, ids(50), cache, 8)
-    cache.reset()
-    assert cache.nbytes == cache.get_seq_length() == 0
-    assert torch.equal(generate(model, ids(50), cache, 8), first)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_can_be_used_again_after_a_reset(family: str, make_model: MakeModel) -> None:
+    model = make_model(family)
+    cache = KVPCache(policy_for(model), 30, slack=2, model=model)
+    with torch.no_grad():
+        first = model(ids(50), past_key_values=cache).logits
+        cache.reset()
+        assert cache.nbytes == cache.get_seq_length() == 0
+        model(ids(20, 2), past_key_values=cache)
+        cache.reset()
+        torch.testing.assert_close(model(ids(50), past_key_values=cache).logits, first)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"budget": 19}, r"^budget=19 is below the 20 protected tokens; raise it\.$"),
-        ({"budget": 30, "slack": -1}, r"^slack=-1 is no number of tokens"),
+        ({"budget": 0}, r"^budget=0 is no number of tokens; 1 is the least\.$"),
+        ({"budget": 30.5}, r"^budget=30\.5 is no number of tokens"),
+        ({"budget": 30, "slack": -1}, r"^slack=-1 is no number of tokens; 0 is the least\.$"),
+        ({"budget": 30, "n_sink": -10}, r"^n_sink=-10 is no number of tokens"),
+        ({"budget": 30, "n_recent": -1}, r"^n_recent=-1 is no number of tokens"),
         ({"budget": 30, "attention_mask": torch.tensor([[1, 1, 0]])}, "has pads behind a text or within it"),
         ({"budget": 30, "attention_mask": torch.tensor([[1, 0, 1]])}, "has pads behind a text or within it"),
     ],
@@ -279,8 +286,26 @@ def test_pads_that_nobody_told_of_are_refused(make_model: MakeModel) -> None:
     told = KVPCache(policy_for(model), 30, attention_mask=mask(60, PADS - torch.tensor([0, 0, 1])))
     with pytest.raises(PipelineError, match="begin elsewhere than the cache was told"):
         generate(model, ids(60, 3), told, 3, attention_mask=mask(60, PADS))
+    many = KVPCache(policy_for(model), 30, attention_mask=mask(60, torch.tensor([40])))
+    places = (torch.arange(60)[None] - 7).clamp_min(0)
+    with torch.no_grad():
+        model(ids(30), position_ids=places[:, :30], past_key_values=many)
+        with pytest.raises(
+            PipelineError, match="begin elsewhere than the cache was told"
+        ):  # which only this part shows
+            model(ids(60)[:, 30:], position_ids=places[:, 30:], past_key_values=many)
     with pytest.raises(PipelineError, match="attention mask is of 3 texts and the model reads 1"):
         generate(model, ids(60), KVPCache(policy_for(model), 30, attention_mask=mask(60, PADS)), 3)
+
+
+@pytest.mark.parametrize("budget", [40, 500])
+def test_pads_of_a_later_turn_are_refused(budget: int, make_model: MakeModel) -> None:
+    model = make_model("llama")
+    cache = KVPCache(policy_for(model), budget, attention_mask=mask(60, PADS))
+    text = generate(model, ids(60, 3), cache, 6, attention_mask=mask(60, PADS))
+    seen = torch.cat([mask(60, PADS), torch.ones(3, 6, dtype=torch.long), mask(20, torch.tensor([0, 5, 12]))], dim=1)
+    with pytest.raises(PipelineError, match="or that have pads within them"):
+        generate(model, torch.cat([text, ids(20, 3)], dim=1), cache, 6, attention_mask=seen)
 
 
 def test_another_models_policy_is_refused(make_model: MakeModel) -> None:
@@ -289,4 +314,8 @@ def test_another_models_policy_is_refused(make_model: MakeModel) -> None:
         KVPCache(policy_for(llama), 30, model=gemma)
     with pytest.raises(PipelineError, match=r"^The policy ranks layers 1, 3 of a model, not 0; name the model"):
         generate(gemma, ids(40), KVPCache(policy_for(gemma), 30), 3)
-    assert RankedLayer(0) == 0
+    other = Policy(PolicyShape(3, 2, 8, AGENT), torch.Generator())
+    with pytest.raises(
+        PipelineError, match=r"^The policy ranks 2 KV heads of dimension 8, but the model has 2 KV heads"
+    ):
+        generate(llama, ids(10), KVPCache(other, 30), 3)
