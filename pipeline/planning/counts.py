@@ -105,8 +105,9 @@ def capture_memory(shape: ModelShape, tokens: int, item_bytes: int, cuts: int, a
         # Layers that slide over a window keep every token during a capture, like the others.
         "cache": 2 * shape.layers * shape.kv_heads * shape.head_dim * tokens * item_bytes,
         "importances": 4 * cuts * shape.heads * tokens,
-        # Logits and weights in float32, beside the weights of the chunk before, also as they were cast.
-        "one chunk of attention": chunk * (12 if item_bytes == 4 else 12 + item_bytes),
+        # Logits in float32, where the weights will be, beside those of the chunk before, which are fewer, and as they
+        # were cast.
+        "one chunk of attention": chunk * (7 if item_bytes == 4 else 7 + item_bytes),
         "activations": tokens * (4 * shape.hidden + 3 * shape.intermediate) * item_bytes,
     }
 
