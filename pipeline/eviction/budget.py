@@ -61,6 +61,17 @@ def protected_ranking(scores: Tensor, n_sink: int, n_recent: int) -> Tensor:
     protected = torch.zeros(n, dtype=torch.bool, device=scores.device)
     protected[:n_sink] = True
     protected[max(n - n_recent, 0) :] = True
+    return rank_behind(protected, scores)
+
+
+def rank_behind(protected: Tensor, scores: Tensor) -> Tensor:
+    """The same with the tokens in front for which ``protected`` holds, of a shape that broadcasts with ``scores``.
+
+    Raises
+    ------
+    PipelineError
+        A score is not finite.
+    """
     if not torch.isfinite(scores).all():
         raise PipelineError("A policy gave scores that are not finite; its checkpoint or the model's cache is damaged.")
     return rank(scores.float().masked_fill(protected, float("inf")))

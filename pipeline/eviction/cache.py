@@ -19,12 +19,11 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from pipeline.errors import PipelineError
-from pipeline.eviction.budget import gather_tokens
+from pipeline.eviction.budget import gather_tokens, kept_tokens, rank_behind
 from pipeline.models.layers import ModelLayer, RankedLayer
 from pipeline.models.layout import cache_layout
 from pipeline.policy.agents import Policy
 from pipeline.policy.inputs.base import CachedTokens
-from pipeline.policy.ranking import rank
 
 
 @dataclass(frozen=True)
@@ -241,13 +240,10 @@ class _RankedLayer(CacheLayerMixin):
         ]
         scores = torch.stack([self.policy.score(tokens, self.layer) for tokens in texts])
         pads = self.positions < 0
-        if not torch.isfinite(scores.masked_fill(pads, 0)).all():
-            raise PipelineError(
-                "A policy gave scores that are not finite; its checkpoint or the model's cache is damaged."
-            )
-        recent = self.positions >= (lengths - options.n_recent)[:, None, None]
-        scores = scores.float().masked_fill(recent | (self.positions < options.n_sink), torch.inf)
-        kept = rank(scores.masked_fill(pads, -torch.inf))[..., : options.budget].sort(dim=-1).values
+        ends = (self.positions < options.n_sink) | (self.positions >= (lengths - options.n_recent)[:, None, None])
+        # Behind all tokens, as of two with one score the later comes first.
+        scores = scores.float().masked_fill(pads, torch.finfo(torch.float32).min)
+        kept = kept_tokens(rank_behind(ends & ~pads, scores), options.budget)
         self.keys, self.values = (gather_tokens(states, kept[None])[0] for states in (self.keys, self.values))
         self.positions = self.positions.gather(-1, kept)
         self.intact = options.n_recent
