@@ -184,11 +184,12 @@ class _Crew:
                 worker = self.idle.pop()
                 worker.begin(todo.popleft())
                 self.awaited.append(worker)
-            starting = sum(worker.unit is None for worker in self.awaited)
-            # Nodes may join while others are at work.
-            wanted = workers or sum(_room(node, self.needs) for node in self._nodes())
-            for _ in range(min(wanted - len(self.awaited), len(todo) - starting)):
-                self.awaited.append(_Worker(self.actor.remote(), self.errand | {"threads": int(self.needs["CPU"])}))
+            waiting = len(todo) - sum(worker.unit is None for worker in self.awaited)
+            if waiting > 0:  # else the cluster need not be asked, once for every step that a worker reports
+                # Nodes may join while others are at work.
+                wanted = workers or sum(_room(node, self.needs) for node in self._nodes())
+                for _ in range(min(wanted - len(self.awaited), waiting)):
+                    self.awaited.append(_Worker(self.actor.remote(), self.errand | {"threads": int(self.needs["CPU"])}))
             for worker in self._ready():
                 if (lost := self._hear(worker)) is not None:
                     todo.appendleft(lost)
