@@ -12,7 +12,7 @@ from pipeline.planning.shapes import ModelShape
 from pipeline.policy.agents import UNITS_PER_BLOCK, PolicyShape
 from pipeline.policy.estimators.base import Estimator
 from pipeline.policy.estimators.exact import DIRECT_UP_TO, PAIRS_PER_BLOCK, WEIGHTS_PER_BLOCK
-from pipeline.traces.capture import WEIGHTS_PER_CHUNK
+from pipeline.traces.capture import ALIGNMENT, queries_at_once
 
 # Share of a key or value that compression leaves in trace files: 0.90 to 0.93 on the default profile. Of a token
 # besides: position, importance and probability. Of a head: its best cost. And the headers and metadata of a row group.
@@ -75,8 +75,9 @@ def capture_work(shape: ModelShape, tokens: int, item_bytes: int, recorded: floa
     plain = tokens * math.sqrt(1 - recorded)  # queries that go through the fused kernel
     rows = tokens - plain
     size = min(rows, _at_once(shape, tokens, accelerator))
-    # A chunk looks at all keys up to its end, so at half a chunk's more than it needs.
-    chunked = shape.query_heads * shape.ranked_layers * (rows * (tokens + plain) + rows * size) / 2
+    # A chunk looks at all keys up to its end, so at half a chunk's more than it needs, and the last one at some more.
+    pairs = (rows * (tokens + plain) + rows * size) / 2 + (tokens % size or size if size else 0) * (-tokens % ALIGNMENT)
+    chunked = shape.query_heads * shape.ranked_layers * pairs
     fused = shape.query_heads * (
         shape.ranked_layers * plain**2 / 2
         + (shape.layers - shape.ranked_layers) * min(tokens / 2, shape.window) * tokens
@@ -115,7 +116,7 @@ def capture_memory(shape: ModelShape, tokens: int, item_bytes: int, cuts: int, a
 def _at_once(shape: ModelShape, tokens: int, accelerator: bool) -> int:
     """Queries of a chunk: of all query heads on an accelerator, of one KV head's on a CPU."""
     heads = shape.query_heads if accelerator else shape.query_heads // shape.kv_heads
-    return max(1, WEIGHTS_PER_CHUNK["cuda" if accelerator else "cpu"] // (heads * tokens))
+    return queries_at_once(heads * tokens, "cuda" if accelerator else "cpu")
 
 
 def agent_weights(policy: PolicyShape) -> list[int]:

@@ -25,7 +25,11 @@ from pipeline.models.layers import ModelLayer, RankedLayer, layer_number
 from pipeline.models.layout import cache_layout
 
 # Attention weights that are held at once: on a CPU so many that they stay in its cache, on a GPU enough to fill it.
-WEIGHTS_PER_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 28}
+WEIGHTS_PER_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 28}
+# More queries at once look at too many tokens behind them; fewer are slow to multiply, or to launch.
+QUERIES_PER_CHUNK = {"cpu": 64, "cuda": 512}
+# Keys that a chunk looks at are a multiple of this: rows of weights that begin at odd addresses are a tenth slower.
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ def capture_attention(
     )
     if recorder.observe is not None:
         recorder.observe(ObservedLayer(number, key[0], value[0], importance, tails))
-    return output[None].transpose(1, 2).contiguous(), None
+    return output[None], None
 
 
 def recorded_attention(
@@ -168,21 +172,21 @@ def recorded_attention(
     Returns
     -------
     output
-        (heads, q, head_dim), query's dtype.
+        (q, heads, head_dim), query's dtype.
     importance, tails
         As in :class:`ObservedLayer`.
     """
     heads, q_len, head_dim = query.shape
     kv_heads, tokens = key.shape[:2]
     offset = tokens - q_len  # position of the first query
-    grouped = query.view(kv_heads, heads // kv_heads, q_len, head_dim)
-    output = torch.empty_like(grouped)
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    groups = heads // kv_heads
+    output = torch.empty(q_len, kv_heads, groups, head_dim, dtype=query.dtype, device=query.device)
+    dtype, exact = _dtypes(query)
     places = sorted(set(cuts))
     # From the queries between a cut and the next one.
     received = {cut: torch.zeros(kv_heads, cut, dtype=dtype, device=query.device) for cut in places}
     kept = {
-        cut: torch.zeros(*grouped.shape[:2], cut - tails.first(cut), cut, dtype=dtype, device=query.device)
+        cut: torch.zeros(kv_heads, groups, cut - tails.first(cut), cut, dtype=dtype, device=query.device)
         for cut in tails.cuts
     }
     # torch's kernel looks at as many keys as there are queries, and knows neither caps nor sinks.
@@ -195,76 +199,81 @@ def recorded_attention(
             value[None, :, :start],
             is_causal=True,
             scale=scaling,
-            enable_gqa=heads != kv_heads,
+            enable_gqa=groups > 1,
         )
-        output[:, :, :start] = fused.view(kv_heads, -1, start, head_dim)
+        output[:start] = fused.view(kv_heads, groups, start, head_dim).permute(2, 0, 1, 3)
     together = kv_heads if query.device.type == "cuda" else 1
-    size = _at_once(heads // kv_heads * together * tokens, query.device.type)
+    size = queries_at_once(groups * together * tokens, query.device.type)
+    # The query heads of a group side by side, so that a chunk of queries is one matrix for each KV head.
+    queries = torch.empty(kv_heads, q_len, groups, head_dim, dtype=exact, device=query.device)
+    queries.copy_(query.view(kv_heads, groups, q_len, head_dim).transpose(1, 2))
+    if exact == dtype:
+        queries.mul_(scaling)  # spares a pass over the logits, which are many more
+    behind = (0, 0, 0, -tokens % ALIGNMENT)
+    keys, values = F.pad(key, behind).to(exact).transpose(1, 2), F.pad(value, behind)
+    # Where a chunk's first query is the first row, a key after each.
+    later = torch.ones(size, size + ALIGNMENT, dtype=torch.bool, device=query.device).triu_(1)
     for block in (slice(head, head + together) for head in range(0, kv_heads, together)):
-        product, sink = _product(key[block]), None if sinks is None else sinks.view(kv_heads, -1, 1, 1)[block]
+        sink = None if sinks is None else sinks.view(kv_heads, 1, -1, 1)[block]
         for first, last in _chunks(offset + start, tokens, places, size):
-            rows = slice(first - offset, last - offset)
-            weights = _weights(product(grouped[block, :, rows], last, scaling), softcap, sink)
-            by_head = weights.to(value.dtype).flatten(1, 2)  # (together, groups * size, visible)
-            output[block, :, rows] = torch.bmm(by_head, value[block, :last]).view_as(output[block, :, rows])
+            rows, visible = slice(first - offset, last - offset), -(-last // ALIGNMENT) * ALIGNMENT
+            logits = _product(queries[block, rows].flatten(1, 2), keys[block, :, :visible], dtype)
+            if exact != dtype:
+                logits.mul_(scaling)
+            hidden = later[: last - first, None, : visible - first]
+            weights = _weights(logits.view(-1, last - first, groups, visible), hidden, softcap, sink)
+            flat = weights.to(value.dtype).flatten(1, 2)  # (together, size * groups, visible)
+            outputs = torch.bmm(flat, values[block, :visible]).view(-1, last - first, groups, head_dim)
+            output[rows, block] = outputs.transpose(0, 1)
             if before := [cut for cut in places if cut <= first]:
-                received[before[-1]][block] += weights[..., : before[-1]].amax(dim=1).sum(dim=1)
+                received[before[-1]][block] += weights[..., : before[-1]].amax(dim=2).sum(dim=1)
             for cut, tail in kept.items():
-                _keep_tail(tail[block], weights, first, cut)
-    for cut, later in reversed(list(itertools.pairwise(places))):
-        received[cut] += received[later][:, :cut]
-    return output.view(heads, q_len, head_dim), received, {cut: tail.flatten(0, 1) for cut, tail in kept.items()}
+                _keep_tail(tail[block], weights.transpose(1, 2), first, cut)
+    for cut, next_cut in reversed(list(itertools.pairwise(places))):
+        received[cut] += received[next_cut][:, :cut]
+    return output.flatten(1, 2), received, {cut: tail.flatten(0, 1) for cut, tail in kept.items()}
 
 
-def _product(key: Tensor) -> Callable[[Tensor, int, float], Tensor]:
-    """Scaled products of queries with the first keys, in float32 at least.
+def _dtypes(query: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """Of logits and weights, float32 at least, and of what the logits are products of."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    # On a GPU alone, products of a lower precision can be float32.
+    return dtype, query.dtype if query.device.type == "cuda" else dtype
 
-    Called with (kv_heads, groups, size, head_dim), how many keys, and the scaling; returns (kv_heads, groups, size,
-    keys). Rounded to a lower precision, logits would be wrong by more than the weights of most tokens.
+
+def _product(queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """(heads, q, head_dim) times (heads, head_dim, n), as ``dtype``.
+
+    Rounded to a lower precision, logits would be wrong by more than the weights of most tokens.
     """
-    on_gpu = key.device.type == "cuda" and key.dtype in (torch.bfloat16, torch.float16)
-    exact = key if on_gpu else key.to(torch.promote_types(key.dtype, torch.float32))
-
-    def product(queries: Tensor, keys: int, scaling: float) -> Tensor:
-        transposed = exact[:, :keys].transpose(1, 2)
-        if on_gpu:
-            logits = torch.bmm(queries.flatten(1, 2), transposed, out_dtype=torch.float32).mul_(scaling)
-        else:
-            # Scaling the queries spares a pass over the logits, which are many more.
-            logits = torch.bmm((queries.to(exact.dtype) * scaling).flatten(1, 2), transposed)
-        return logits.view(*queries.shape[:3], keys)
-
-    return product
+    return torch.bmm(queries, keys) if queries.dtype == dtype else torch.bmm(queries, keys, out_dtype=dtype)
 
 
 def _chunks(first: int, tokens: int, places: list[int], size: int) -> Iterator[tuple[int, int]]:
-    """Cut the queries at positions ``first .. tokens - 1`` at every place, and into chunks of at most ``size``."""
+    """Cut the queries at positions ``first .. tokens - 1`` at every place and every multiple of ``size``."""
     while first < tokens:
-        last = min(first + size, tokens, *(place for place in places if place > first))
+        last = min((first // size + 1) * size, tokens, *(place for place in places if place > first))
         yield first, last
         first = last
 
 
-def _at_once(weights: int, device: str) -> int:
-    """Queries that are computed at once where each has so many ``weights``."""
-    return max(1, WEIGHTS_PER_CHUNK.get(device, 1 << 24) // weights)
+def queries_at_once(weights: int, device: str) -> int:
+    """Queries of a chunk where each has so many ``weights``, on a device of a type ("cpu", "cuda")."""
+    most = WEIGHTS_PER_CHUNK.get(device, 1 << 24) // weights // ALIGNMENT * ALIGNMENT
+    return min(max(most, ALIGNMENT), QUERIES_PER_CHUNK.get(device, 64))
 
 
-def _weights(logits: Tensor, softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """Causal attention of the last queries, from their logits (kv_heads, groups, size, visible), which it overwrites.
+def _weights(logits: Tensor, hidden: Tensor, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Attention of a chunk's queries, from their logits (kv_heads, size, groups, visible), which it overwrites.
 
-    ``sinks`` is (kv_heads, groups, 1, 1).
+    ``hidden`` is (size, 1, n), for the last n keys: none before them lies after a query. ``sinks`` is (kv_heads, 1,
+    groups, 1).
     """
-    size = logits.shape[2]
     if softcap is None and sinks is None:
-        hidden = torch.ones(size, size, dtype=torch.bool, device=logits.device).triu_(1)
-        # Only a chunk's own tokens can lie after a query.
-        logits[..., -size:].masked_fill_(hidden, float("-inf"))
+        logits[..., -hidden.shape[-1] :].masked_fill_(hidden, float("-inf"))
         # In place: it would take a third longer to fill other memory.
         return torch.softmax(logits, dim=-1, out=logits)
-    visible = logits.shape[-1]
-    hidden = torch.ones(size, visible, dtype=torch.bool, device=logits.device).triu_(visible - size + 1)
-    return attention_weights(logits, hidden, softcap, sinks)
+    return attention_weights(logits, F.pad(hidden, (logits.shape[-1] - hidden.shape[-1], 0)), softcap, sinks)
 
 
 def _keep_tail(tail: Tensor, weights: Tensor, position: int, cut: int) -> None:
@@ -296,7 +305,8 @@ def _sliding_attention(
     offset = tokens - q_len  # position of the first query
     grouped = query.view(kv_heads, heads // kv_heads, *query.shape[1:])
     columns = None if sinks is None else sinks.view(kv_heads, -1, 1, 1)
-    size = min(window, _at_once(heads * min(2 * window, tokens), query.device.type))
+    dtype, exact = _dtypes(query)
+    size = min(window, queries_at_once(heads * min(2 * window, tokens), query.device.type))
     outputs = []
     for start in range(0, q_len, size):
         stop = min(start + size, q_len)
@@ -317,7 +327,8 @@ def _sliding_attention(
                 )[0]
             )
             continue
-        logits = _product(keys)(queries, last - first, scaling)
+        product = _product(queries.to(exact).flatten(1, 2), keys.to(exact).transpose(1, 2), dtype).mul_(scaling)
+        logits = product.view(*queries.shape[:3], last - first)
         rows = attention_weights(logits, ~visible, softcap, columns).to(values.dtype).flatten(1, 2)
         outputs.append(torch.bmm(rows, values).view(heads, stop - start, -1))
     return torch.cat(outputs, dim=1)

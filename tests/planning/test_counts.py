@@ -123,7 +123,6 @@ class PeakMemory(TorchDispatchMode):
 def chunks_of(monkeypatch: pytest.MonkeyPatch, weights: int) -> None:
     """Let capture hold so many attention weights at once."""
     monkeypatch.setattr(capture, "WEIGHTS_PER_CHUNK", {"cpu": weights})
-    monkeypatch.setattr("pipeline.planning.counts.WEIGHTS_PER_CHUNK", {"cpu": weights, "cuda": weights})
 
 
 @pytest.mark.parametrize(("tokens", "weights"), [(64, 3 * 64 * 16), (210, 3 * 210 * 30), (90, 1), (40, 1 << 19)])
@@ -149,8 +148,9 @@ def test_what_is_not_recorded_moves_nothing_and_starts_no_chunks() -> None:
     assert all(less < more for less, more in zip(none, half, strict=True))
     assert half[0] < everything[0]
     assert half[1] < everything[1]
-    # 2,000 queries at once do not fit: 2,000 x 2,000 weights of 6 heads are 24 million, of 2^28 that do.
-    assert half[2] == everything[2] == none[2] + TINY.layers * 12
+    # 512 queries at once: all 2,000, or those that half of the pairs are of, 586.
+    assert everything[2] == none[2] + TINY.layers * 12 * 4
+    assert half[2] == none[2] + TINY.layers * 12 * 2
 
 
 @pytest.mark.parametrize(("tokens", "weights"), [(500, 3 * 500 * 40), (900, 3 * 900 * 40), (900, 3 * 900 * 200)])
@@ -171,9 +171,7 @@ def test_memory_of_a_capture_grows_with_tokens_alone() -> None:
     def total(tokens: int) -> int:
         return sum(capture_memory(TINY, tokens, 2, 2, accelerator=True).values()) - 2 * TINY.parameters
 
-    # A chunk of attention has the same size however long the sequence is.
-    fixed = 9 * (1 << 28)
-    assert total(64_000) - fixed == pytest.approx(2 * (total(32_000) - fixed), rel=0.01)
+    assert total(64_000) <= 2.01 * total(32_000)
 
 
 def test_flops_of_the_agents_are_those_that_torch_counts() -> None:

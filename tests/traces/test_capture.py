@@ -99,7 +99,7 @@ def test_half_precision_errs_no_more_than_the_textbook_does(dtype: torch.dtype, 
     output, importance, _ = recorded_attention(query, key, value, scaling, (cut,))
     assert (output.dtype, importance[cut].dtype) == (dtype, torch.float32)
     naive, exact = textbook(query, key, value, scaling), reference(query, key, value, scaling)
-    assert (output - exact[0]).norm() <= 2 * (naive[0] - exact[0]).norm()
+    assert (output.transpose(0, 1) - exact[0]).norm() <= 2 * (naive[0] - exact[0]).norm()
     true = importance_of(exact[2], cut, past)
     assert (importance[cut] - true).norm() <= 2 * (importance_of(naive[1], cut, past) - true).norm()
 
@@ -120,11 +120,11 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("tokens", [256, 512])
 def test_memory_grows_with_tokens(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capture, "WEIGHTS_PER_CHUNK", {"cpu": 3 * 8 * tokens})
+    monkeypatch.setattr(capture, "WEIGHTS_PER_CHUNK", {"cpu": 3 * 16 * tokens})
     query, key = torch.randn(6, tokens, 8), torch.randn(2, tokens, 8)
     with LargestTensor() as largest:
         recorded_attention(query, key, key, 0.3, (tokens // 4, tokens // 2))
-    # Eight queries of a KV head's three at once, and the output, whose head is as long.
+    # Sixteen queries of a KV head's three at once, and the output, whose head is as long.
     assert largest.numel == 6 * 8 * tokens
 
 
