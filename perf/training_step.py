@@ -4,12 +4,15 @@
 
 SmolLM2-135M: 30 layers x 3 KV heads of width 64, 5 examples of 96 tokens, both estimators. Both sides read the same
 float16 states, normalise them, score, differentiate, clip at 5 and step AdamW; the loop is what one writes with
-nn.Sequential and torch.optim.AdamW as they come. It also prints what no implementation can beat on this machine: the
-FLOPs of the step at the rate of one large product of matrices, and with --profile where the stacked step spends its
-time.
+nn.Sequential and torch.optim.AdamW as they come. Then the stacked step takes turns with one that learns from all tokens
+of a single cache, twice as many, and tokens per second are compared. It also prints what no implementation can beat on
+this machine: the FLOPs of the step at the rate of one large product of matrices, and with --profile where the stacked
+step spends its time.
 """
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -19,7 +22,7 @@ from pipeline.planning.counts import training_flops
 from pipeline.policy.agents import Policy, PolicyShape
 from pipeline.policy.batches import Batch, make_batch
 from pipeline.policy.estimators.base import ESTIMATORS, Estimator
-from pipeline.policy.train import TrainParams, clip_gradients, compute_gradients
+from pipeline.policy.train import TrainParams, compute_gradients
 from pipeline.section import read
 from pipeline.traces.draws import generator
 from pipeline.traces.example import RankingExample
@@ -95,6 +98,7 @@ def main() -> None:
     examples = [random_example(shape, tokens, seed) for seed in range(arguments.examples)]
     flops, rate = training_flops(shape) * shape.heads * tokens * len(examples), matrix_rate(device)
     limit = flops / rate
+    whole = 2 * tokens * len(examples)  # tokens of one cache; 960 with the defaults
     print(
         f"{flops / 1e9:.1f} GFLOP of products per step; one large product reaches {rate / 1e9:.0f} GFLOP/s: "
         f"{limit:.3f} s"
@@ -107,12 +111,16 @@ def main() -> None:
         optimizer = torch.optim.AdamW(policy.parameters(), lr=params.learning_rate, fused=True)
         batch = make_batch(examples, estimator.rankings, generator(0), device)
 
-        def stacked(policy=policy, optimizer=optimizer, batch=batch, estimator=estimator) -> None:
-            compute_gradients(policy, batch, estimator)
-            clip_gradients(policy, 5.0)
+        cache = make_batch([random_example(shape, whole, 0)], estimator.rankings, generator(0), device)
+
+        def stacked(batch=batch, policy=policy, optimizer=optimizer, estimator=estimator) -> None:
+            compute_gradients(policy, batch, estimator, 5.0)
             optimizer.step()
 
-        works = {"stacked": stacked, "loop": lambda loop=loop, batch=batch, own=estimator: loop.step(batch, own)}
+        works: dict[str, Callable[[], object]] = {
+            "stacked": stacked,
+            "loop": lambda loop=loop, batch=batch, own=estimator: loop.step(batch, own),
+        }
         for work in works.values():
             work()
         gradient_error = loop.distance()
@@ -122,11 +130,17 @@ def main() -> None:
                 stacked()
             print(profiled.key_averages().table(f"self_{torch.device(device).type}_time_total", row_limit=12))
         ratio, lowest, highest = median_ratio(seconds["loop"], seconds["stacked"])
+        turns = interleaved({"examples": stacked, "whole": partial(stacked, cache)}, 3 * arguments.repeats, device)
+        tokens_ratio = median_ratio(turns["whole"], [2 * time for time in turns["examples"]])
         best = {name: min(times) for name, times in seconds.items()}
         print(
             f"{name:5s}  stacked {best['stacked']:.3f} s, loop {best['loop']:.3f} s, ratio {ratio:.2f} "
             f"({lowest:.2f} to {highest:.2f}); products alone would give {best['loop'] / limit:.2f}; gradients "
             f"differ by {gradient_error:.1e} of their norm"
+        )
+        print(
+            f"       {tokens * len(examples) / min(turns['examples']):.0f} tokens per second, "
+            f"{tokens_ratio[0]:.2f} ({tokens_ratio[1]:.2f} to {tokens_ratio[2]:.2f}) of {whole} tokens of one cache"
         )
         rows.append(
             {
@@ -137,6 +151,8 @@ def main() -> None:
                 "highest_ratio": highest,
                 "ratio_if_products_were_all": best["loop"] / limit,
                 "gradient_difference": gradient_error,
+                "turns": turns,
+                "tokens_per_second_of_a_whole_cache": tokens_ratio,
             }
         )
     content = {

@@ -145,8 +145,7 @@ def in_precision(batch: Batch, dtype: torch.dtype) -> Batch:
 def test_gradients_of_a_step(device: str, estimator: Estimator) -> None:
     def gradients(policy: Policy, to: str, dtype: torch.dtype) -> Tensor:
         batch = make_batch([example(96), example(60)], estimator.rankings, draws_of(0), to)
-        train.compute_gradients(policy, in_precision(batch, dtype), estimator)
-        train.clip_gradients(policy, PARAMS.gradient_clip)
+        train.compute_gradients(policy, in_precision(batch, dtype), estimator, PARAMS.gradient_clip)
         return torch.cat([parameter.grad.flatten().cpu() for parameter in policy.parameters()])
 
     found = gradients(make_policy().to(device), device, torch.float32)

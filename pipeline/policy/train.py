@@ -5,7 +5,7 @@ gradient of its estimator (``pipeline/policy/estimators``). This file knows no M
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -101,8 +101,7 @@ def train_policy(
     for step, batch in read_batches(reader, estimator, params.batch_size, params.seed, steps, device):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, params)
-        loss = compute_gradients(policy, batch, estimator)
-        norms = clip_gradients(policy, params.gradient_clip)
+        loss, norms = compute_gradients(policy, batch, estimator, params.gradient_clip)
         optimizer.step()
         curves.add(step, "loss", loss)
         curves.add(step, "gradient_norm", norms)
@@ -122,16 +121,25 @@ def train_policy(
     remove_unfinished(work)
 
 
-def compute_gradients(policy: Policy, batch: Batch, estimator: Estimator) -> Tensor:
-    """Put each agent's gradient into the parameters' ``grad``; returns the losses, (heads,): means over the examples.
+def compute_gradients(
+    policy: Policy, batch: Batch, estimator: Estimator, limit: float = math.inf
+) -> tuple[Tensor, Tensor]:
+    """Put each agent's gradient, clipped to norm ``limit``, into the parameters' ``grad``.
 
     Agents share nothing, so blocks of them go forward and backward in turn (``Policy.blocks``).
+
+    Returns
+    -------
+    losses
+        (heads,), means over the examples.
+    norms
+        (heads,), of the gradients before they were clipped.
     """
     parameters = [*policy.weights, *policy.biases]
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.empty_like(parameter)
-    losses = []
+    losses, norms = [], []
     for heads in policy.blocks(batch.tokens.keys.shape[1]):
         leaves = [parameter.detach()[heads].requires_grad_() for parameter in parameters]
         weights, biases = leaves[: len(policy.weights)], leaves[len(policy.weights) :]
@@ -140,17 +148,18 @@ def compute_gradients(policy: Policy, batch: Batch, estimator: Estimator) -> Ten
         loss = estimator.loss(scores, target, batch.uniform[:, heads]).mean(-1)
         # The gradient of the sum is each agent's own gradient.
         gradients = torch.autograd.grad(loss.sum(), leaves)
+        # As long as they are in a processor's cache: over all agents, each pass reads them from memory.
+        norms.append(clip_gradients(gradients, limit))
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad[heads] = gradient
         losses.append(loss.detach())
-    return torch.cat(losses)
+    return torch.cat(losses), torch.cat(norms)
 
 
 @torch.no_grad()
-def clip_gradients(policy: Policy, limit: float) -> Tensor:
-    """Clip each agent's gradient to norm ``limit``; returns the norms before, (heads,)."""
-    gradients = [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
-    norms = torch.stack([gradient.square().sum(dim=(1, 2)) for gradient in gradients]).sum(0).sqrt()
+def clip_gradients(gradients: Sequence[Tensor], limit: float) -> Tensor:
+    """Clip each agent's gradient, of (heads, rows, columns) each, to norm ``limit``; returns the norms before."""
+    norms: Tensor = torch.stack([gradient.norm(dim=(1, 2)) for gradient in gradients]).norm(dim=0)
     factor = (limit / (norms + 1e-6)).clamp(max=1.0)[:, None, None]
     for gradient in gradients:
         gradient.mul_(factor)

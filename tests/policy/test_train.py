@@ -100,16 +100,20 @@ def test_learning_rate_is_the_published_schedule() -> None:
     assert learning_rate(4000, params) == pytest.approx(1e-6)
 
 
+def gradients_of(policy: Policy) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in policy.parameters() if parameter.grad is not None]
+
+
 def test_gradients_are_clipped_per_agent() -> None:
     policy = Policy(PolicyShape(2, 2, 4, PARAMS.agent), torch.Generator().manual_seed(0))
     scale = torch.tensor([0.01, 1.0, 100.0, 0.0])
     for parameter in policy.parameters():
         parameter.grad = torch.ones_like(parameter) * scale[:, None, None]
     size = math.sqrt(policy.shape.parameters_per_agent)
-    norms = clip_gradients(policy, 5.0)
+    norms = clip_gradients(gradients_of(policy), 5.0)
     torch.testing.assert_close(norms, scale * size)
     for head, factor in enumerate(scale.tolist()):
-        clipped = math.sqrt(sum(float(p.grad[head].square().sum()) for p in policy.parameters() if p.grad is not None))
+        clipped = math.sqrt(sum(float(gradient[head].square().sum()) for gradient in gradients_of(policy)))
         assert clipped == pytest.approx(min(5.0, factor * size), rel=1e-4)
 
 
@@ -160,8 +164,9 @@ def test_a_step_never_looks_at_what_an_accelerator_computes(
     )
     optimizer, curves = torch.optim.AdamW(policy.parameters()), Curves(policy.shape, SHAPE.layer_numbers)
     for step in range(2):
-        curves.add(step, "loss", train.compute_gradients(policy, batch, estimator))
-        curves.add(step, "gradient_norm", clip_gradients(policy, 5.0))
+        loss, norms = train.compute_gradients(policy, batch, estimator, 5.0)
+        curves.add(step, "loss", loss)
+        curves.add(step, "gradient_norm", norms)
         optimizer.step()
     with pytest.raises(NotImplementedError, match="meta tensor"):  # as soon as one is asked for
         curves.table()
@@ -186,7 +191,7 @@ def test_gradients_do_not_depend_on_how_heads_are_split(
     for heads in (1, 3, 4):
         monkeypatch.setattr(agents, "UNITS_PER_BLOCK", {"cpu": heads * tokens * PARAMS.agent.hidden_width})
         assert len(policy.blocks(tokens)) == -(-4 // heads)
-        loss = train.compute_gradients(policy, batch, estimator)
+        loss, _ = train.compute_gradients(policy, batch, estimator)
         torch.testing.assert_close(loss, whole.detach())
         torch.testing.assert_close([parameter.grad for parameter in policy.parameters()], list(expected))
 
@@ -197,9 +202,9 @@ def test_a_step_over_several_examples_is_the_mean_of_steps_over_each(traces: Pat
     losses, gradients = [], []
     for index in range(3):
         alone = make_batch([reader.read(index)], 0, draws_of(0), "cpu")
-        losses.append(train.compute_gradients(policy, alone, EXACT))
-        gradients.append([parameter.grad.clone() for parameter in policy.parameters() if parameter.grad is not None])
-    together = train.compute_gradients(policy, make_examples(traces, EXACT, 3), EXACT)
+        losses.append(train.compute_gradients(policy, alone, EXACT)[0])
+        gradients.append([gradient.clone() for gradient in gradients_of(policy)])
+    together, _ = train.compute_gradients(policy, make_examples(traces, EXACT, 3), EXACT)
     torch.testing.assert_close(together, torch.stack(losses).mean(0))
     for parameter, *parts in zip(policy.parameters(), *gradients, strict=True):
         torch.testing.assert_close(parameter.grad, torch.stack(parts).mean(0))
@@ -211,8 +216,10 @@ def test_nothing_is_learned_where_no_token_is_known(traces: Path, estimator: Est
     nothing = {name: states[:, :0] for name, states in vars(example).items() if name not in ("cache_size", "best_cost")}
     policy = Policy(PolicyShape(2, 2, 4, PARAMS.agent), torch.Generator().manual_seed(0))
     batch = make_batch([dataclasses.replace(example, **nothing)], estimator.rankings, draws_of(0), "cpu")
-    assert not train.compute_gradients(policy, batch, estimator).any()
-    assert not any(parameter.grad.any() for parameter in policy.parameters() if parameter.grad is not None)
+    losses, norms = train.compute_gradients(policy, batch, estimator)
+    assert not losses.any()
+    assert not norms.any()
+    assert not any(gradient.any() for gradient in gradients_of(policy))
 
 
 def test_full_traces_train_like_an_independent_loop_over_all_tokens(traces: Path, tmp_path: Path) -> None:
@@ -245,7 +252,7 @@ def test_full_traces_train_like_an_independent_loop_over_all_tokens(traces: Path
                 importance = example.importance[head].double()
                 best = (importance.sort(descending=True).values * torch.arange(example.cache_size)).sum()
                 ((others * importance).sum() / best / 3).backward()
-        clip_gradients(agent, params.gradient_clip)
+        clip_gradients(gradients_of(agent), params.gradient_clip)
         optimizer.param_groups[0]["lr"] = learning_rate(step, params)
         optimizer.step()
     # Costs do not change with the last bias: its gradient is rounding, which AdamW brings to the size of all others.
@@ -281,7 +288,7 @@ def test_full_traces_train_to_the_bytes_of_a_loop_over_caches(tmp_path: Path) ->
             policy.parameters(), torch.autograd.grad(loss.sum(), list(policy.parameters())), strict=True
         ):
             parameter.grad = gradient
-        clip_gradients(policy, params.gradient_clip)
+        clip_gradients(gradients_of(policy), params.gradient_clip)
         optimizer.param_groups[0]["lr"] = learning_rate(step, params)
         optimizer.step()
     for (name, ours), theirs in zip(trained.state_dict().items(), policy.state_dict().values(), strict=True):
