@@ -155,6 +155,10 @@ MISTAKES = {
         put("sources.smollm2-135m", {"uri": "hub:owner/name", "licence": "MIT"}),
         "sources.smollm2-135m: a hub: source must be pinned by its revision",
     ),
+    "hub at a branch": (
+        put("sources.smollm2-135m", {"uri": "hub:owner/name", "licence": "MIT", "revision": "main"}),
+        "sources.smollm2-135m: a hub: source must be pinned by its revision, the 40 hexadecimal digits of a commit",
+    ),
     "unknown scheme": (
         put("sources.smollm2-135m.uri", "ftp:owner/name"),
         "sources.smollm2-135m: uri must start with hub:, file:, wheel: or join:, not 'ftp:owner/name'",

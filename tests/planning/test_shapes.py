@@ -15,7 +15,7 @@ from tests.planning.profiles import NAMES, read_profile
 
 
 def source_of(uri: str) -> SourceParams:
-    return SourceParams(uri=uri, licence="any", revision="main")
+    return SourceParams(uri=uri, licence="any", revision="0" * 40)
 
 
 def write_config(models: Path, config: PretrainedConfig) -> None:
