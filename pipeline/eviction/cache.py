@@ -116,9 +116,26 @@ class KVPCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes that all layers have allocated."""
-        names = ("keys", "values", "positions")
-        states = [getattr(layer, name, None) for layer in self.layers if layer.is_initialized for name in names]
-        return sum(found.untyped_storage().nbytes() for found in states if found is not None)
+        return sum(map(_allocated, self.layers))
+
+    @property
+    def nbytes_of_all(self) -> int:
+        """Bytes that all layers would take if nothing were evicted."""
+        return sum(
+            layer.nbytes_of_all if isinstance(layer, _RankedLayer) else _allocated(layer) for layer in self.layers
+        )
+
+    @property
+    def held(self) -> int:
+        """Tokens that each head of a ranked layer holds."""
+        return max((layer.held for layer in self.layers if isinstance(layer, _RankedLayer)), default=0)
+
+
+def _allocated(layer: CacheLayerMixin) -> int:
+    if not layer.is_initialized:
+        return 0
+    states = [getattr(layer, name, None) for name in ("keys", "values", "positions")]
+    return sum(found.untyped_storage().nbytes() for found in states if found is not None)
 
 
 def _pads(attention_mask: Tensor | None) -> Tensor | None:
@@ -261,6 +278,14 @@ class _RankedLayer(CacheLayerMixin):
     def held(self) -> int:
         """Tokens that each head holds."""
         return self.keys.shape[2] if self.is_initialized else 0
+
+    @property
+    def nbytes_of_all(self) -> int:
+        """Bytes of the keys and values of all tokens seen."""
+        if not self.is_initialized:
+            return 0
+        batch, kv_heads, _, width = self.keys.shape
+        return batch * kv_heads * self.seen * (width + self.values.shape[3]) * self.keys.itemsize
 
     def get_max_cache_shape(self) -> int:
         """No text is too long."""

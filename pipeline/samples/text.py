@@ -44,6 +44,17 @@ def encode_pair(
     return (*before, *after, *([] if end is None else [end])), len(before)
 
 
+def encode_behind(tokenizer: Any, before: Sequence[int], text: str) -> list[int]:
+    """Token ids of a text behind tokens that stay as they are, as those that a model wrote.
+
+    Raises
+    ------
+    PipelineError
+        The tokenizer would write another text.
+    """
+    return _encoded_apart(tokenizer, list(before), text, _decoded(tokenizer, before) + text)
+
+
 def encode_choices(
     tokenizer: Any, context: str, choices: Sequence[str], where: str
 ) -> tuple[list[int], tuple[tuple[int, ...], ...]]:

@@ -214,6 +214,21 @@ def test_memory_is_that_of_the_budget(family: str, make_model: MakeModel) -> Non
     sliding = sum(2 * 4 * layout.kv_heads * layout.head_dim * (window - 1 + 1) for window in layout.windows.values())
     assert max(sizes) <= len(layout.ranked) * 48 * token + 2 * sliding
     assert cache.get_seq_length() == text.shape[1] - 3 - 1
+    # Without eviction it would hold what a cache does that has room for everything.
+    whole = KVPCache(policy_for(model), 1000, model=model)
+    with torch.no_grad():
+        model(text[:, :-4], past_key_values=whole)
+    evicted = (
+        sum(cache.layers[number].nbytes_of_all for number in layout.ranked),
+        sum(whole.layers[number].keys.nbytes * 2 for number in layout.ranked),
+    )
+    assert evicted[0] == evicted[1]
+    others = set(range(len(cache.layers))) - set(layout.ranked)
+    assert cache.nbytes_of_all - evicted[0] == sum(
+        cache.layers[number].keys.untyped_storage().nbytes() * 2 for number in others
+    )
+    assert 40 <= cache.held <= 48
+    assert whole.held == whole.get_seq_length()
 
 
 def test_beams_go_with_their_tokens(make_model: MakeModel) -> None:
