@@ -43,7 +43,7 @@ def run(*commands: Callable[..., None], checked: bool = True) -> None:
     """
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     # Warnings of libraries about their own internals are not this user's business; errors still show.
-    for library in ("transformers", "httpx", "huggingface_hub", "alembic", "kvpress"):
+    for library in ("transformers", "httpx", "huggingface_hub", "alembic", "kvpress", "matplotlib"):
         logging.getLogger(library).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         # Bars of libraries would fill a log file with carriage returns. Read when tqdm is imported.
