@@ -29,6 +29,7 @@ NO_BYTES = {
     "pipeline/closure.py": "names what a result depends on",
     "pipeline/work.py": "keeps unfinished work and renames what is finished",
     "pipeline/executor": "schedules; the units are cut before it sees them",
+    "pipeline/policy/pretrained.py": "takes policies from the hub and there; those of a run are its own",
     "pipeline/tracking": "copies to MLflow what lies in files",
     "stages/_app.py": "the command line: options, progress, errors",
     "stages/_paths.py": "where outputs lie; DVC's own dependencies and outputs",

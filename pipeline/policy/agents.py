@@ -113,6 +113,8 @@ class Policy(nn.Module):
         super().__init__()
         # The model's numbers of the layers; others where a trained policy says so.
         self.layer_numbers = tuple(ModelLayer(number) for number in range(shape.layers))
+        # How it was trained: the config of a policy that was loaded.
+        self.provenance: dict[str, Any] = {}
         self.shape, self.seen = shape, shape.agent.seen
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
         for fan_in, fan_out in zip(shape.widths, shape.widths[1:], strict=False):
@@ -130,9 +132,53 @@ class Policy(nn.Module):
         self.register_buffer("std", torch.ones(shape.heads, 1, shape.channels))
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path) -> "Policy":
-        """What the train stage wrote to ``directory``, as :func:`load_policy`."""
-        return load_policy(Path(directory))[0]
+    def from_pretrained(cls, source: str | Path, revision: str | None = None, model: str | None = None) -> "Policy":
+        """Load a trained policy.
+
+        Parameters
+        ----------
+        source
+            A directory that the train stage or :meth:`save_pretrained` wrote, or a repository of the hub
+            (``owner/name``), of which safetensors and JSON are read and nothing is run.
+        revision
+            Of a repository: the 40 hexadecimal digits of a commit.
+        model
+            If given, the name (in params.yaml) of the model that the policy must have been trained for.
+
+        Raises
+        ------
+        PipelineError
+            Nothing is there, it cannot be reached or read, or it was trained for another model.
+        """
+        from pipeline.policy.pretrained import load_pretrained
+
+        return load_pretrained(source, revision, model)
+
+    def save_pretrained(self, directory: str | Path, licence: str | None = None) -> None:
+        """Write weights, config, model card and a figure of the costs of the heads into a new or empty directory.
+
+        Raises
+        ------
+        PipelineError
+            The directory holds something, or this policy was neither trained nor loaded.
+        """
+        from pipeline.policy.pretrained import save_pretrained
+
+        save_pretrained(self, Path(directory), licence)
+
+    def push_to_hub(self, repository: str, licence: str, private: bool = False) -> str:
+        """Upload what :meth:`save_pretrained` writes to ``owner/name`` on the hub; returns the commit.
+
+        ``licence`` is the hub's name of one, as "apache-2.0". The token is that of ``hf auth login`` or ``HF_TOKEN``.
+
+        Raises
+        ------
+        PipelineError
+            As :meth:`save_pretrained`, or the hub cannot be reached or refuses.
+        """
+        from pipeline.policy.pretrained import push_to_hub
+
+        return push_to_hub(self, repository, licence, private)
 
     def forward(self, keys: Tensor, values: Tensor, layer: RankedLayer | None = None) -> Tensor:
         """Score the tokens of a cache.
@@ -277,7 +323,7 @@ def load_policy(
             "keys or values (train.agent.inputs)."
         )
     policy = Policy(shape)
-    policy.layer_numbers = numbers
+    policy.layer_numbers, policy.provenance = numbers, config
     try:
         policy.load_state_dict(load(payload))
     except (SafetensorError, RuntimeError) as error:

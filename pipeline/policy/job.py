@@ -95,7 +95,8 @@ class TrainingJob:
         curves = pl.concat([pl.read_parquet(part / CURVES_FILE) for part in parts])
         with atomic_write(out / CURVES_FILE) as temporary:
             curves.sort("step", "metric", "layer", "kv_head").write_parquet(temporary)
-        save_policy(out, whole, dict(self.config))
+        costs = [cost for policy in policies for cost in policy.provenance["held_out_cost"]]
+        save_policy(out, whole, dict(self.config) | {"held_out_cost": costs})
         return out
 
     def _trained(self, part: Path) -> Policy:

@@ -116,7 +116,8 @@ def train_policy(
         advance(1, status)
     with atomic_write(work / CURVES_FILE) as temporary:
         curves.table().write_parquet(temporary)
-    save_policy(work, policy, config)
+    _, _, held_out = next(point for point in reversed(curves.points) if point[1] == "validation_cost")
+    save_policy(work, policy, config | {"held_out_cost": [round(float(cost), 4) for cost in held_out]})
     (work / CHECKPOINT_FILE).unlink(missing_ok=True)
     remove_unfinished(work)
 

@@ -236,7 +236,7 @@ def _hub_download(source: PinnedUri, repository: str, member: str, partial: Path
                 f"{source.uri} is gated; accept its terms on the hub and log in with `hf auth login`."
             ) from None
         except errors.RevisionNotFoundError:
-            raise PipelineError(f"{source.uri} has no revision {source.revision}; correct it in params.yaml.") from None
+            raise PipelineError(f"{source.uri} has no revision {source.revision}; correct it.") from None
         except errors.RepositoryNotFoundError:
             continue
         except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, httpx.HTTPError, ConnectionError) as error:

@@ -287,6 +287,4 @@ def test_a_revision_that_the_hub_does_not_have_is_named(broken: Rehearsal) -> No
     source = params["models"][model]["source"]
     params["sources"][source]["revision"] = "0" * 40
     sentence = refused(broken, params, "dvc", "repro")
-    assert (
-        sentence == f"error: {params['sources'][source]['uri']} has no revision {'0' * 40}; correct it in params.yaml."
-    )
+    assert sentence == f"error: {params['sources'][source]['uri']} has no revision {'0' * 40}; correct it."

@@ -1,0 +1,64 @@
+"""Trained policies from and to other places: a directory, a repository on the hub. Safetensors, JSON and a card.
+
+Reached through :class:`pipeline.policy.agents.Policy`; no stage takes a policy from here.
+"""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from pydantic import ValidationError
+
+from pipeline.errors import PipelineError
+from pipeline.files import write_text
+from pipeline.policy.agents import Policy, load_policy, save_policy
+from pipeline.policy.card import draw_costs, model_card
+from pipeline.sources.fetch import fetch
+from pipeline.sources.pins import PinnedUri
+
+
+def load_pretrained(source: str | Path, revision: str | None, model: str | None) -> Policy:
+    """See :meth:`pipeline.policy.agents.Policy.from_pretrained`."""
+    directory = Path(source)
+    if not directory.is_dir():
+        try:
+            pinned = PinnedUri(uri=f"hub:{source}", revision=revision)
+        except ValidationError:
+            raise PipelineError(
+                f"{source} is no directory; as a repository of the hub it needs revision=..., the 40 hexadecimal "
+                "digits of a commit."
+            ) from None
+        directory = fetch(pinned)
+    elif revision is not None:
+        raise PipelineError(f"{source} is a directory, which has no revisions; leave revision={revision} out.")
+    return load_policy(directory, model)[0]
+
+
+def save_pretrained(policy: Policy, directory: Path, licence: str | None) -> None:
+    """See :meth:`pipeline.policy.agents.Policy.save_pretrained`."""
+    if not policy.provenance:
+        raise PipelineError("Nothing is known of how this policy was trained; save one that from_pretrained loaded.")
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise PipelineError(f"{directory} is there already and not empty; choose another directory.")
+    directory.mkdir(parents=True, exist_ok=True)
+    save_policy(directory, policy, policy.provenance)
+    draw_costs(policy.provenance, directory / "costs.png")
+    write_text(directory / "README.md", model_card(directory, licence))
+
+
+def push_to_hub(policy: Policy, repository: str, licence: str, private: bool) -> str:
+    """See :meth:`pipeline.policy.agents.Policy.push_to_hub`."""
+    import httpx
+    from huggingface_hub import HfApi, errors
+
+    hub = HfApi()
+    with TemporaryDirectory() as temporary:
+        save_pretrained(policy, Path(temporary), licence)
+        try:
+            hub.create_repo(repository, private=private, exist_ok=True)
+            commit = hub.upload_folder(repo_id=repository, folder_path=temporary, commit_message="Upload the policy")
+        except (errors.HfHubHTTPError, errors.HFValidationError, httpx.HTTPError, ConnectionError) as error:
+            raise PipelineError(
+                f"{repository}: the hub did not take the policy ({type(error).__name__}); check the name and the "
+                "network, and log in with `hf auth login`."
+            ) from None
+    return commit.oid
