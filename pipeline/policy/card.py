@@ -9,6 +9,12 @@ from typing import Any
 from pipeline.files import atomic_write
 from pipeline.policy.agents import CONFIG_FILE
 
+# What a policy's config must say beside the shapes of its tensors.
+CARD_KEYS = (
+    *("model", "trained_on", "estimator", "params", "trace_shape", "training_sequences", "trace_fingerprint"),
+    "held_out_cost",
+)
+
 
 def model_card(directory: Path, licence: str | None = None) -> str:
     """Markdown for a policy directory: what it is, what it was trained on, how to use it.

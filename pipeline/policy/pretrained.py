@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 from pydantic import ValidationError
 
 from pipeline.errors import PipelineError
-from pipeline.files import write_text
+from pipeline.files import atomic_write, write_text
 from pipeline.policy.agents import Policy, load_policy, save_policy
-from pipeline.policy.card import draw_costs, model_card
+from pipeline.policy.card import CARD_KEYS, draw_costs, model_card
 from pipeline.sources.fetch import fetch
 from pipeline.sources.pins import PinnedUri
 
@@ -37,12 +37,17 @@ def save_pretrained(policy: Policy, directory: Path, licence: str | None) -> Non
     """See :meth:`pipeline.policy.agents.Policy.save_pretrained`."""
     if not policy.provenance:
         raise PipelineError("Nothing is known of how this policy was trained; save one that from_pretrained loaded.")
+    if lacking := [key for key in CARD_KEYS if key not in policy.provenance]:
+        raise PipelineError(
+            f"The policy's config does not say {', '.join(lacking)}, as of an older version; train again."
+        )
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise PipelineError(f"{directory} is there already and not empty; choose another directory.")
-    directory.mkdir(parents=True, exist_ok=True)
-    save_policy(directory, policy, policy.provenance)
-    draw_costs(policy.provenance, directory / "costs.png")
-    write_text(directory / "README.md", model_card(directory, licence))
+    with atomic_write(directory) as temporary:
+        temporary.mkdir()
+        save_policy(temporary, policy, policy.provenance)
+        draw_costs(policy.provenance, temporary / "costs.png")
+        write_text(temporary / "README.md", model_card(temporary, licence))
 
 
 def push_to_hub(policy: Policy, repository: str, licence: str, private: bool) -> str:

@@ -143,6 +143,11 @@ def test_what_cannot_be_saved_is_refused_and_nothing_is_touched(trained: Path, t
     with pytest.raises(PipelineError, match="Nothing is known of how this policy was trained"):
         Policy(PolicyShape(3, 2, 8, AGENT)).save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+    old = Policy.from_pretrained(trained)
+    del old.provenance["held_out_cost"]
+    with pytest.raises(PipelineError, match="config does not say held_out_cost, as of an older version; train again"):
+        old.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
     before = {path.name: path.read_bytes() for path in trained.iterdir()}
     with pytest.raises(PipelineError, match="is there already and not empty"):
         Policy.from_pretrained(trained).save_pretrained(trained)
