@@ -90,10 +90,17 @@ class KVPCache(Cache):
         self._options = _Options(budget, slack, n_sink, n_recent, _pads(attention_mask))
         self._windows = {} if model is None else _windows(policy, model)
 
+    # Which tokens stay is decided while the model runs: a compiler would compile anew for each number of them.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: dict[str, Any] | None = None
     ) -> tuple[Tensor, Tensor]:
         """See :meth:`transformers.Cache.update`."""
+        if layer_idx == 0 and self.layers and len(self.layers) <= self._ranked[-1]:
+            raise PipelineError(
+                f"The policy ranks layers {', '.join(map(str, self._ranked))} of a model, and this one has "
+                f"{len(self.layers)}; train a policy for this model."
+            )
         while len(self.layers) <= layer_idx:
             self.layers.append(self._layer(ModelLayer(len(self.layers))))
         found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, cache_kwargs)
@@ -293,7 +300,7 @@ class _RankedLayer(CacheLayerMixin):
 
     def crop(self, max_length: int) -> None:
         """Take the last tokens back, down to ``max_length`` seen, or so many where it is negative."""
-        surplus = self.seen - max_length if max_length >= 0 else -max_length
+        surplus = min(self.seen - max_length if max_length >= 0 else -max_length, self.seen)
         if surplus <= 0:
             return
         if surplus > self.intact and self.held < self.seen:

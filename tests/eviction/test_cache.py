@@ -334,3 +334,34 @@ def test_another_models_policy_is_refused(make_model: MakeModel) -> None:
         PipelineError, match=r"^The policy ranks 2 KV heads of dimension 8, but the model has 2 KV heads"
     ):
         generate(llama, ids(10), KVPCache(other, 30), 3)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")
+def test_a_compiled_model_writes_the_same(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("llama")
+    policy = policy_for(model)
+    plain = generate(model, ids(40), KVPCache(policy, 24, slack=2), 8)
+    monkeypatch.setattr(model, "forward", torch.compile(model.forward, backend="eager"))
+    cache = KVPCache(policy, 24, slack=2)
+    assert torch.equal(generate(model, ids(40), cache, 8), plain)
+    assert cache.held <= 26
+
+
+def test_a_model_of_fewer_layers_is_noticed(make_model: MakeModel) -> None:
+    model = make_model("llama")
+    policy = policy_for(model)
+    shape = PolicyShape(policy.shape.layers + 1, policy.shape.kv_heads, policy.shape.head_dim, AGENT)
+    cache = KVPCache(Policy(shape, torch.Generator().manual_seed(0)), 24)
+    with pytest.raises(PipelineError, match="policy ranks layers 0, 1, 2, 3 of a model, and this one has 3; train a"):
+        generate(model, ids(40), cache, 2)
+
+
+def test_more_than_there_is_may_be_taken_back(make_model: MakeModel) -> None:
+    """Down to nothing, as if it had never been read."""
+    model = make_model("llama")
+    cache = KVPCache(policy_for(model), 100)
+    with torch.no_grad():
+        first = model(ids(30), past_key_values=cache).logits
+        cache.crop(-31)
+        assert cache.get_seq_length() == cache.held == 0
+        torch.testing.assert_close(model(ids(30), past_key_values=cache).logits, first)
