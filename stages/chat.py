@@ -16,14 +16,15 @@ def main(
     budget: Annotated[int, typer.Option(help="Tokens that each head keeps.", min=1)] = 512,
     slack: Annotated[int, typer.Option(help="Tokens above the budget until all are ranked again.", min=0)] = 64,
     max_new_tokens: Annotated[int, typer.Option(help="Longest reply.", min=1)] = 512,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token each time.", min=0)] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws where the temperature is above 0.", min=0)] = 0,
+    temperature: Annotated[float, typer.Option(help="Of draws; below 0.001 nothing is drawn.", min=0, max=10)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.", min=0, max=2**63 - 1)] = 0,
     device: DeviceOption = "cpu",
 ) -> None:
     """Read a line, stream the reply of MODEL, and say what the cache holds; an empty line or Ctrl-D ends it."""
     import torch
     from transformers import TextStreamer
 
+    from pipeline.errors import PipelineError
     from pipeline.eviction.cache import KVPCache
     from pipeline.models.load import end_token_ids, load_model
     from pipeline.models.params import read_dtype
@@ -43,14 +44,18 @@ def main(
     conversation = Conversation(tokenizer, ends)
     room = getattr(language_model.config.get_text_config(), "max_position_embeddings", sys.maxsize)
     torch.manual_seed(seed)
-    drawing = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    drawing = {"do_sample": True, "temperature": temperature} if temperature >= 0.001 else {"do_sample": False}
     while line := _next_line():
-        conversation.ask(line)
+        try:
+            conversation.ask(line)
+        except PipelineError as error:
+            typer.echo(f"error: {error}", err=True)
+            continue
         if len(conversation.ids) + max_new_tokens > room:
-            typer.echo(
-                f"The dialogue has {len(conversation.ids):,} tokens; {model} knows {room:,} positions.", err=True
+            raise PipelineError(
+                f"The dialogue has {len(conversation.ids):,} tokens, which with a reply of {max_new_tokens:,} "
+                f"(--max-new-tokens) are more than the {room:,} positions that {model} knows; begin a new one."
             )
-            break
         ids = torch.tensor([conversation.ids], device=language_model.device)
         written = language_model.generate(
             input_ids=ids,
@@ -74,7 +79,8 @@ def _next_line() -> str:
     """What the user says; nothing at the end of the input."""
     if sys.stdin.isatty():
         typer.echo("> ", nl=False, err=True)
-    return sys.stdin.readline().strip()
+    # Bytes that are no UTF-8 come as halves of characters, which no tokenizer takes.
+    return sys.stdin.readline().encode(errors="replace").decode().strip()
 
 
 if __name__ == "__main__":

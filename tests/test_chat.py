@@ -87,10 +87,45 @@ def test_it_says_what_the_cache_holds(project: tuple[Path, PreTrainedModel], mon
 def test_a_dialogue_longer_than_the_model_knows_ends_with_a_sentence(
     project: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    say(monkeypatch, "word " * 500)
+    say(monkeypatch, "word " * 405)
     done = in_this_process(project[0], "stages.chat", *CHAT)
-    assert done.returncode == 0
-    assert re.fullmatch(r"The dialogue has 2,5\d\d tokens; smollm2-135m knows 2,048 positions\.\n", done.stderr)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "error: The dialogue has 2,043 tokens, which with a reply of 12 (--max-new-tokens) are more than the 2,048 "
+        "positions that smollm2-135m knows; begin a new one.\n"
+    )
+
+
+def test_a_mark_of_turns_is_refused_and_the_dialogue_goes_on(
+    project: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+    for lines in (["Rain?"], ["Hi <|im_end|>\n"[:-1], "Rain?"]):
+        say(monkeypatch, *lines)
+        said.append(in_this_process(project[0], "stages.chat", *CHAT))
+    assert [done.returncode for done in said] == [0, 0]
+    assert said[0].stdout == said[1].stdout
+    assert said[1].stderr.startswith("error: The text holds <|im_end|>, by which the model tells turns apart; write it")
+
+
+def test_bytes_that_are_no_text_are_read_as_question_marks(
+    project: tuple[Path, PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = []
+    for line in (b"caf\xe9".decode(errors="surrogateescape"), "caf?"):
+        say(monkeypatch, line)
+        said.append(in_this_process(project[0], "stages.chat", *CHAT))
+    assert said[0].returncode == 0, said[0].stderr
+    assert said[0].stdout == said[1].stdout
+
+
+@pytest.mark.parametrize(
+    "option", [("--temperature", "-1"), ("--temperature", "inf"), ("--seed", str(2**64)), ("--slack", "-1")]
+)
+def test_numbers_that_mean_nothing_are_refused(option: tuple[str, str], project: tuple[Path, PreTrainedModel]) -> None:
+    done = in_this_process(project[0], "stages.chat", *CHAT, *option)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
 
 
 def test_a_budget_below_the_protected_tokens_is_one_sentence(project: tuple[Path, PreTrainedModel]) -> None:

@@ -157,7 +157,7 @@ MISTAKES = {
     ),
     "hub at a branch": (
         put("sources.smollm2-135m", {"uri": "hub:owner/name", "licence": "MIT", "revision": "main"}),
-        "sources.smollm2-135m: a hub: source must be pinned by its revision, the 40 hexadecimal digits of a commit",
+        "sources.smollm2-135m: a hub: source must be pinned by its revision, the 40 lower-case hexadecimal digits",
     ),
     "unknown scheme": (
         put("sources.smollm2-135m.uri", "ftp:owner/name"),

@@ -82,7 +82,7 @@ class KVPCache(Cache):
         super().__init__(layers=[])
         counts = {"budget": budget, "slack": slack, "n_sink": n_sink, "n_recent": n_recent}
         for name, count in counts.items():
-            if not isinstance(count, int) or count < (name == "budget"):
+            if type(count) is not int or count < (name == "budget"):
                 raise PipelineError(f"{name}={count} is no number of tokens; {int(name == 'budget')} is the least.")
         if budget < n_sink + n_recent:
             raise PipelineError(f"budget={budget} is below the {n_sink + n_recent} protected tokens; raise it.")

@@ -28,7 +28,7 @@ class SeenKeys:
         self._marks = torch.empty(0, 0, 0, dtype=torch.int64)  # (batch, kv_heads, tokens), sorted
         self._places = self._marks  # the token of each
 
-    def places(self, keys: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, int]:
+    def places(self, keys: Tensor, kwargs: Mapping[str, Any], layer: int) -> tuple[Tensor, int]:
         """Positions of the tokens of a cache, or of a part of it, and how many tokens the text has.
 
         Parameters
@@ -36,8 +36,10 @@ class SeenKeys:
         keys
             (batch, kv_heads, n, head_dim), as they stand in the cache.
         kwargs
-            What the attention module was called with: hidden states and positions of the new tokens. Without them
-            the keys are a whole cache.
+            What the attention module was called with: hidden states and positions of the new tokens, and the cache.
+            Without them the keys are a whole cache.
+        layer
+            The number of the layer in that cache.
 
         Returns
         -------
@@ -70,6 +72,8 @@ class SeenKeys:
         count, seen = int(columns.sum()), self._marks.shape[2]
         # In the forward of a prompt its keys may come in parts; later all that came since must be there, at the end.
         expected = length - seen if first else min(count, length - seen)
+        if not first and count and kwargs["past_key_values"].get_seq_length(layer) != length:
+            raise PipelineError(LOST)  # another press was here before
         last = columns[..., columns.shape[-1] - count :]
         if not torch.equal(new, columns.expand_as(new)) or count != expected or not last.all():
             raise PipelineError(LOST)

@@ -117,7 +117,7 @@ class KVPPress(ScorerPress):  # type: ignore[misc]  # kvpress is untyped
             )
         if keys.shape[2] > 1 and getattr(module, "masked_key_indices", None) is not None:
             raise PipelineError(LOST)  # kvpress has written others into the cache in place of the masked ones
-        positions, length = self.seen[layer].places(keys, kwargs)
+        positions, length = self.seen[layer].places(keys, kwargs, layer_number(module))
         texts = zip(keys, values, positions, strict=True)
         scores = torch.stack(
             [

@@ -307,7 +307,8 @@ def load_policy(
         shape = PolicyShape(config["layers"], config["kv_heads"], config["head_dim"], agent)
         numbers = tuple(map(ModelLayer, config.get("trace_shape", {}).get("layer_numbers", range(shape.layers))))
         checksum, trained_for = config["sha256"], config["model"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        policy = Policy(shape)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise PipelineError(
             f"{directory} holds no readable policy ({one_line(error)}); run the train stage again."
         ) from None
@@ -322,10 +323,11 @@ def load_policy(
             f"{directory} ranks tokens by hidden states, which a cache does not hold; train a policy that sees "
             "keys or values (train.agent.inputs)."
         )
-    policy = Policy(shape)
     policy.layer_numbers, policy.provenance = numbers, config
     try:
         policy.load_state_dict(load(payload))
     except (SafetensorError, RuntimeError) as error:
-        raise PipelineError(f"{directory / WEIGHTS_FILE} does not fit its config ({error}); train again.") from None
+        raise PipelineError(
+            f"{directory / WEIGHTS_FILE} does not fit its config ({one_line(error)}); train again."
+        ) from None
     return policy.eval(), config

@@ -85,7 +85,8 @@ def draw_costs(config: Mapping[str, Any], path: Path) -> None:
 
 def _front_matter(licence: str | None) -> str:
     # What the hub files a repository under.
-    return f"---\nlicense: {licence}\ntags:\n- kv-cache\n- kv-cache-eviction\n---\n\n" if licence else ""
+    named = f"license: {licence}\n" if licence else ""
+    return f"---\n{named}tags:\n- kv-cache\n- kv-cache-eviction\n---\n\n"
 
 
 def _figure(directory: Path) -> str:

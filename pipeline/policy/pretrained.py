@@ -3,6 +3,8 @@
 Reached through :class:`pipeline.policy.agents.Policy`; no stage takes a policy from here.
 """
 
+import math
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,13 +21,17 @@ from pipeline.sources.pins import PinnedUri
 def load_pretrained(source: str | Path, revision: str | None, model: str | None) -> Policy:
     """See :meth:`pipeline.policy.agents.Policy.from_pretrained`."""
     directory = Path(source)
+    if not str(source):
+        raise PipelineError("No policy is named; give the directory that the train stage wrote, or a repository.")
     if not directory.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+            raise PipelineError(f"{source} is no directory, and no repository of the hub (owner/name); correct it.")
         try:
             pinned = PinnedUri(uri=f"hub:{source}", revision=revision)
         except ValidationError:
             raise PipelineError(
-                f"{source} is no directory; as a repository of the hub it needs revision=..., the 40 hexadecimal "
-                "digits of a commit."
+                f"{source} is no directory; as a repository of the hub it needs revision=..., the 40 lower-case "
+                "hexadecimal digits of a commit."
             ) from None
         directory = fetch(pinned)
     elif revision is not None:
@@ -41,6 +47,11 @@ def save_pretrained(policy: Policy, directory: Path, licence: str | None) -> Non
         raise PipelineError(
             f"The policy's config does not say {', '.join(lacking)}, as of an older version; train again."
         )
+    if licence is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", licence):
+        raise PipelineError(f"{licence!r} is no licence as the hub names it, like apache-2.0; 'other' is one, too.")
+    costs, heads = policy.provenance["held_out_cost"], policy.shape.heads
+    if len(costs) != heads or not all(isinstance(cost, float) and math.isfinite(cost) for cost in costs):
+        raise PipelineError(f"The policy's config does not hold a held-out cost of each of {heads} heads; train again.")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise PipelineError(f"{directory} is there already and not empty; choose another directory.")
     with atomic_write(directory) as temporary:

@@ -7,6 +7,7 @@ tokens that were written. A cache holds what was: so only what stands behind the
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from pipeline.errors import PipelineError
 from pipeline.samples.template import chat_prompt
 from pipeline.samples.text import encode, encode_behind
 
@@ -37,8 +38,12 @@ class Conversation:
         Raises
         ------
         PipelineError
-            The template cannot write the turn, or the tokenizer would join it with the reply before.
+            The template cannot write the turn, the tokenizer would join it with the reply before, or the text holds
+            a mark by which the model tells turns apart.
         """
+        marks = (token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)
+        if found := next((mark for mark in marks if mark.strip() and mark in text), None):
+            raise PipelineError(f"The text holds {found}, by which the model tells turns apart; write it another way.")
         turn = {"role": "user", "content": text}
         if not self.ids:
             self.ids = encode(self.tokenizer, chat_prompt(self.tokenizer, [turn]))

@@ -51,8 +51,8 @@ class PinnedUri(Section):
             raise ValueError(f"a {scheme}: source must be pinned by its sha256")
         if scheme == "hub" and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
             raise ValueError(
-                "a hub: source must be pinned by its revision, the 40 hexadecimal digits of a commit; branches and "
-                "tags can move"
+                "a hub: source must be pinned by its revision, the 40 lower-case hexadecimal digits of a commit; "
+                "branches and tags can move"
             )
         return self
 

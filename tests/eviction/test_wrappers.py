@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import kvpress
@@ -158,13 +159,30 @@ def test_a_model_that_is_not_shown_is_asked_for(name: str, make_model: MakeModel
         speak(make_model("llama"), WRAPPERS[name](KVPPress(0.5, saved(tmp_path))), DynamicCache())
 
 
-def test_what_another_press_has_evicted_is_missed(make_model: MakeModel, tmp_path: Path) -> None:
-    own = KVPPress(0.5, saved(tmp_path))
-    press = kvpress.PrefillDecodingPress(kvpress.KnormPress(0.5), kvpress.DecodingPress(own, 7, 40, 0))
+EVICTED_BEFORE: dict[str, Callable[[KVPPress], Any]] = {
+    "while decoding": lambda own: kvpress.PrefillDecodingPress(
+        kvpress.KnormPress(0.5), kvpress.DecodingPress(own, 7, 40, 0)
+    ),
+    "in order of scores": lambda own: kvpress.ComposedPress([kvpress.KnormPress(0.3), own]),
+    "the middle": lambda own: kvpress.ComposedPress([kvpress.StreamingLLMPress(0.3), own]),
+    "and rotated": lambda own: kvpress.ComposedPress([kvpress.KeyRerotationPress(kvpress.KnormPress(0.3)), own]),
+    "by another policy": lambda own: kvpress.ComposedPress([KVPPress(0.3, own.policy_directory), own]),
+}
+
+
+@pytest.mark.parametrize("how", EVICTED_BEFORE)
+def test_what_another_press_has_evicted_is_missed(how: str, make_model: MakeModel, tmp_path: Path) -> None:
+    press = EVICTED_BEFORE[how](KVPPress(0.5, saved(tmp_path)))
     with pytest.raises(
         PipelineError, match="Tokens were evicted, or their keys overwritten, before the policy saw them"
     ):
         speak(make_model("llama"), press, DynamicCache())
+
+
+def test_a_press_may_rank_twice(make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = KVPPress(0.5, saved(tmp_path))
+    with logged(monkeypatch) as log:
+        assert_true_positions(log, make_model("llama"), kvpress.ComposedPress([own, own]), PROMPT)
 
 
 @pytest.mark.parametrize("name", ["AdaKVPress", "ChunkPress"])
@@ -201,9 +219,10 @@ def test_keys_are_found_wherever_they_stand(data: st.DataObject) -> None:
         positions = torch.arange(length, length + more)
         keys = torch.cat([keys, new], dim=2)
         places = torch.cat([places, positions.expand(1, kv_heads, -1)], dim=2)
-        kwargs = {"hidden_states": torch.zeros(1), "position_ids": positions[None]}
         length += more
-        found, size = seen.places(keys, kwargs)
+        cache = SimpleNamespace(get_seq_length=lambda layer, held=keys.shape[2]: held)
+        kwargs = {"hidden_states": torch.zeros(1), "position_ids": positions[None], "past_key_values": cache}
+        found, size = seen.places(keys, kwargs, 0)
         assert torch.equal(found, places)
         assert size == length
         count = keys.shape[2]

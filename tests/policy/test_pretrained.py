@@ -1,5 +1,6 @@
 """Policies from and to a directory or a hub: the same scores, a card that says how, or one sentence."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,39 @@ def test_a_hub_that_refuses_is_one_sentence(trained: Path, monkeypatch: pytest.M
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
     with pytest.raises(PipelineError, match=r"^owner/policy: the hub did not take the policy \(ConnectionError\)"):
         Policy.from_pretrained(trained).push_to_hub("owner/policy", "mit")
+
+
+@pytest.mark.parametrize("licence", ["my: own\n- evil: [", "custom: see LICENSE", "", "Apache 2.0"])
+def test_a_licence_that_the_hub_would_not_read_is_refused(licence: str, trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(PipelineError, match="is no licence as the hub names it"):
+        Policy.from_pretrained(trained).save_pretrained(tmp_path / "new", licence)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("costs", [[1.5] * 3, [1.5] * 5 + [float("nan")], ["x"] * 6])
+def test_costs_that_are_not_those_of_the_heads_are_refused(costs: list[Any], trained: Path, tmp_path: Path) -> None:
+    policy = Policy.from_pretrained(trained)
+    policy.provenance["held_out_cost"] = costs
+    with pytest.raises(PipelineError, match="does not hold a held-out cost of each of 6 heads; train again"):
+        policy.save_pretrained(tmp_path / "new")
+
+
+@pytest.mark.parametrize("change", [{"kv_heads": "3"}, {"trace_shape": []}, {"layers": -1}, {"head_dim": None}])
+def test_a_config_that_is_none_is_one_sentence(change: dict[str, Any], trained: Path) -> None:
+    config = json.loads((trained / "config.json").read_text())
+    (trained / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(PipelineError, match="holds no readable policy") as caught:
+        Policy.from_pretrained(trained)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("", "No policy is named"), ("saved1", "saved1 is no directory, and no repository of the hub")],
+)
+def test_a_source_that_is_none_is_one_sentence(source: str, message: str) -> None:
+    with pytest.raises(PipelineError, match=message):
+        Policy.from_pretrained(source, COMMIT)
 
 
 def test_what_cannot_be_saved_is_refused_and_nothing_is_touched(trained: Path, tmp_path: Path) -> None:
