@@ -6,7 +6,6 @@ figure of the caches' bytes and the seconds per token beside the result.
 """
 
 import time
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -15,7 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from perf.measure import RESULTS, device_name, random_model, wait, write_result
+from perf.measure import random_model, wait, write_result
 from pipeline.eviction.cache import KVPCache
 from pipeline.models.layout import cache_layout
 from pipeline.policy.agents import Policy, PolicyShape
@@ -97,7 +96,7 @@ def main(
         f"and {rows[-1]['full bytes'] / 1e6:.1f} with everything"
     )
     path = write_result(name, device, {"budget": budget, "slack": slack, "seconds": seconds, "rows": rows})
-    draw(rows, budget).savefig(Path(RESULTS) / f"{name}-{device_name(device)}.png", dpi=130)
+    draw(rows, budget).savefig(path.with_suffix(".png"), dpi=130)
     print(path)
 
 

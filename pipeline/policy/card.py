@@ -11,7 +11,13 @@ from pipeline.policy.agents import CONFIG_FILE
 
 # What a policy's config must say beside the shapes of its tensors.
 CARD_KEYS = (
-    *("model", "trained_on", "estimator", "params", "trace_shape", "training_sequences", "trace_fingerprint"),
+    "model",
+    "trained_on",
+    "estimator",
+    "params",
+    "trace_shape",
+    "training_sequences",
+    "trace_fingerprint",
     "held_out_cost",
 )
 

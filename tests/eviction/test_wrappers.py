@@ -26,7 +26,7 @@ from tests.conftest import MakeModel
 from tests.eviction.prefills import PROMPT
 from tests.eviction.test_press import saved
 
-# A wrapper -> itself around a press; what it does to a prompt of 75 tokens and 60 more is to happen often.
+# A wrapper -> itself around a press; what it does to a prompt of 300 tokens and 60 more is to happen often.
 WRAPPERS: dict[str, Callable[[KVPPress], Any]] = {
     "AdaKVPress": kvpress.AdaKVPress,
     "BlockPress": lambda press: kvpress.BlockPress(press, block_size=20),
